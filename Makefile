@@ -1,0 +1,27 @@
+# Two commands: `make train` and `make test`. Both build the virtual environment once.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Two threads at most: on small machines more of them only wait for one another.
+TEST_THREADS ?= 2
+
+train: $(VENV)/.ready
+	$(BIN)/trinity pretrain configs/tiny.toml
+
+test: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e '.[dev]'
+	touch $@
+
+.PHONY: train test check

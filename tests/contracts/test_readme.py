@@ -1,0 +1,90 @@
+"""Every command that the README shows works. Commands run as printed, on a smaller problem."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHELL_BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+SMALLER = {
+    "tools/bench/train_step.py": ["--rounds", "1", "--no-compile-peer", "--threads", "2"],
+    "tools/bench/muon.py": ["--rounds", "1"],
+    "tools/bench/data.py": ["--rounds", "1"],
+}
+
+
+def _commands() -> list[str]:
+    text = "\n".join(
+        path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    )
+    lines = [
+        line.split("  #")[0].strip()
+        for block in SHELL_BLOCK.findall(text)
+        for line in block.splitlines()
+    ]
+    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the one run of this module lives; made by the first command that trains."""
+    return tmp_path_factory.mktemp("readme") / "run"
+
+
+def _run(arguments: list[str], cwd: Path) -> str:
+    done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def _trained(run_dir: Path, tiny_toml: Path) -> Path:
+    if not run_dir.exists():
+        command = ["-m", "trinity", "pretrain", str(tiny_toml), "--run-dir", str(run_dir)]
+        _run([sys.executable, *command], ROOT)
+    return run_dir
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_command(command: str, run_dir: Path, tiny_toml: Path, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        recipe = _run(["make", "--dry-run", "--always-make", *words[1:]], ROOT)
+        expected = {
+            "train": "trinity pretrain configs/tiny.toml",
+            "test": "-m pytest",
+            "check": "ruff check",
+        }[words[1]]
+        assert expected in recipe
+        return
+    replaced = []
+    for word in words[1:]:
+        if word.startswith("runs/tiny-DATE"):
+            replaced.append(str(_trained(run_dir, tiny_toml)))
+        elif word == "configs/tiny.toml" and words[1] != "params":
+            replaced.append(str(tiny_toml))
+        elif word.startswith("exported"):
+            replaced.append(str(tmp_path / word))
+        else:
+            replaced.append(word)
+    if words[0] == "python":
+        _run([sys.executable, *replaced, *SMALLER[words[1]]], ROOT)
+    else:
+        assert words[0] == "trinity", f"no rule to test `{command}`"
+        _run([sys.executable, "-m", "trinity", *replaced], ROOT)
+
+
+def test_help_answers_without_loading_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['trinity', '--help']\n"
+        "from trinity.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'datasets', 'pydantic', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    _run([sys.executable, "-c", code], ROOT)

@@ -1,0 +1,52 @@
+"""``trinity convert``: a Hugging Face directory from whatever holds a model, one file at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trinity.ckpt.hf import export_hf, import_hf
+from trinity.ckpt.load import HF_CONFIG, RUN_CONFIG, RUN_TOKENIZER, usable_checkpoint
+from trinity.ckpt.store import load_tensors
+from trinity.core.errors import CheckpointError, ConfigError
+from trinity.core.load_config import load_config
+
+DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def convert_to_hf(source: Path, target: Path, *, dtype: str, max_shard_bytes: int) -> None:
+    """Write ``target`` as an ``AfmoeForCausalLM`` directory.
+
+    ``source`` is a run directory, of which the newest checkpoint that verifies is taken, or a
+    Hugging Face directory in either layout of the experts. Tensors are read when they are written,
+    so memory stays near ``max_shard_bytes``.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    if (source / RUN_CONFIG).is_file():
+        config = load_config(source / RUN_CONFIG).model
+        checkpoint = usable_checkpoint(source)
+
+        def tensor_of(name: str) -> Tensor:
+            key = f"model.{name}"
+            return load_tensors(checkpoint, [key])[key]
+
+        tokenizer_dir = source / RUN_TOKENIZER
+    elif (source / HF_CONFIG).is_file():
+        hf = import_hf(source)
+        config, tensor_of, tokenizer_dir = hf.model_config, hf.tensor, source
+    else:
+        raise CheckpointError(
+            f"{source} is neither a run directory ({RUN_CONFIG}) nor a Hugging Face directory "
+            f"({HF_CONFIG}); check the path"
+        )
+    export_hf(
+        config,
+        tensor_of,
+        target,
+        tokenizer_dir=tokenizer_dir,
+        max_shard_bytes=max_shard_bytes,
+        dtype=DTYPES[dtype],
+    )

@@ -1,0 +1,55 @@
+"""Opening a trained model, wherever it lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trinity.ckpt.hf import import_hf
+from trinity.ckpt.store import latest_checkpoint, load_tensors
+from trinity.core.errors import CheckpointError
+from trinity.core.load_config import load_config
+from trinity.data.tokenizer import Tokenizer, load_tokenizer
+from trinity.models.lm import LanguageModel
+
+RUN_CONFIG = "config.toml"
+HF_CONFIG = "config.json"
+RUN_TOKENIZER = "tokenizer"
+
+
+def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
+    """Load model and tokenizer from a run directory or a Hugging Face AFMoE directory.
+
+    The model is on the CPU in fp32, in evaluation mode. Of a run, the newest checkpoint that
+    verifies is taken. Raises CheckpointError or DataError naming what is missing or damaged.
+    """
+    path = Path(path)
+    if (path / RUN_CONFIG).is_file():
+        return load_run_model(path), load_tokenizer(path / RUN_TOKENIZER)
+    if (path / HF_CONFIG).is_file():
+        checkpoint = import_hf(path)
+        model = LanguageModel.on_meta(checkpoint.model_config).to_empty(device="cpu")
+        checkpoint.load_into(model)
+        return model.eval(), load_tokenizer(path)
+    raise CheckpointError(
+        f"{path} is neither a run directory ({RUN_CONFIG}) nor a Hugging Face directory "
+        f"({HF_CONFIG}); check the path"
+    )
+
+
+def load_run_model(run_dir: Path) -> LanguageModel:
+    """The model of a run at its newest good checkpoint."""
+    config = load_config(run_dir / RUN_CONFIG)
+    model = LanguageModel.on_meta(config.model).to_empty(device="cpu")
+    names = [f"model.{name}" for name in model.state_dict()]
+    tensors = load_tensors(usable_checkpoint(run_dir), names)
+    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()})
+    return model.eval()
+
+
+def usable_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint of a run that verifies, or a CheckpointError with the reasons."""
+    found, rejected = latest_checkpoint(run_dir)
+    if found is None:
+        reasons = "; ".join(rejected) or "none was saved yet"
+        raise CheckpointError(f"{run_dir} holds no usable checkpoint: {reasons}")
+    return found

@@ -1,0 +1,151 @@
+"""The ``trinity`` command. Verbs import what they need when they run, so that help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trinity.core.errors import TrinityError
+
+app = typer.Typer(
+    name="trinity",
+    help="Pretrain, convert and sample hybrid mixture-of-experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Tokenizers and token shards.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[Path, typer.Argument(help="a TOML file, see configs/", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="dotted overrides such as optim.muon.lr=2e-3", metavar="[KEY=VALUE]..."),
+]
+
+
+@app.command()
+def pretrain(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="a TOML file (not with --resume), then overrides such as optim.muon.lr=2e-3",
+            metavar="[CONFIG] [KEY=VALUE]...",
+        ),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="where the run lives; default: output_dir/name-DATE")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="continue the run in this directory", metavar="RUN_DIR")
+    ] = None,
+) -> None:
+    """Train a language model, or continue a run with --resume RUN_DIR.
+
+    Exit status: 0 finished, 75 saved and stopped by SIGTERM or SIGUSR1 (resume continues),
+    2 configuration, 3 data, 4 checkpoint, 5 training error.
+    """
+    from trinity.train.command import pretrain_command
+
+    raise typer.Exit(pretrain_command(arguments or [], run_dir, resume))
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(help="run or Hugging Face directory", metavar="DIR")],
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt and print the text as it is produced."""
+    from trinity.train.sample import continue_text
+
+    for piece in continue_text(
+        path,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    ):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="run or Hugging Face directory", metavar="FROM")],
+    target: Annotated[Path, typer.Argument(help="new Hugging Face directory", metavar="TO")],
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or keep what is there")] = "keep",
+    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="size of one file")] = 5.0,
+) -> None:
+    """Write a Hugging Face AfmoeForCausalLM directory from a run, or re-shard an existing one.
+
+    Streams: memory stays near the size of one file, whatever the model.
+    """
+    from trinity.ckpt.convert import convert_to_hf
+
+    convert_to_hf(source, target, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9))
+    typer.echo(f"wrote {target}")
+
+
+@app.command()
+def params(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print total and active parameters of a configuration, without allocating the model."""
+    from trinity.core.load_config import load_config
+    from trinity.models.lm import parameter_counts
+
+    for name, count in parameter_counts(load_config(config, overrides or []).model).items():
+        typer.echo(f"{name:<16}{count:>20,}")
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, and which optional packages are active, or why not."""
+    from trinity.core.doctor import report
+
+    report()
+
+
+@data_app.command("build")
+def data_build(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Tokenize the sources of a configuration into cached token shards and describe them."""
+    from trinity.core.load_config import load_config
+    from trinity.train.command import describe_data
+
+    describe_data(load_config(config, overrides or []))
+
+
+@data_app.command("show-step")
+def data_show_step(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    step: Annotated[int, typer.Argument(min=0, help="optimizer step, the first is 0")],
+) -> None:
+    """List the documents that a step of a run trains on."""
+    from trinity.train.command import show_step
+
+    show_step(run_dir, step)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend print one line and set the exit status."""
+    # Nothing here ever needs a hub: a slow or absent network must not delay or fail a run.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except TrinityError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Shared foundations: configuration, errors, shape legend, runtime. Imports nothing of trinity."""

@@ -1,0 +1,316 @@
+"""The configuration of a run: frozen, fully checked models, one class per TOML table.
+
+A configuration is data. It is read from TOML (:mod:`trinity.core.load_config`), validated here
+once, and never changes afterwards. Keys of ``[model]`` carry the names of Hugging Face's AFMoE
+``config.json``, so that a key means the same in both places.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+LayerType = Literal["sliding_attention", "full_attention"]
+
+
+class Table(BaseModel):
+    """A TOML table: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelConfig(Table):
+    """Shape of an AFMoE language model (Trinity technical report, table 1)."""
+
+    vocab_size: Positive = Field(description="rows of the embedding and of the head")
+    hidden_size: Positive = Field(description="model width D")
+    num_hidden_layers: Positive
+    num_dense_layers: NonNegative = Field(description="leading layers with a dense feed-forward")
+    intermediate_size: Positive = Field(description="width of a dense feed-forward")
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    head_dim: Positive = Field(description="even; not necessarily D / heads")
+    num_experts: Positive = Field(description="routed experts per layer")
+    num_experts_per_tok: Positive = Field(description="routed experts each token visits")
+    moe_intermediate_size: Positive = Field(description="width of one expert")
+    num_shared_experts: NonNegative = 1
+    route_scale: PositiveFloat = Field(description="factor on the normalised routing weights")
+    sliding_window: Positive = Field(description="keys a local layer sees, the token included")
+    global_attn_every_n_layers: Positive = 4
+    layer_types: tuple[LayerType, ...] = Field(
+        default=(),
+        description="one entry per layer; filled from global_attn_every_n_layers when absent",
+    )
+    rope_theta: PositiveFloat = 10_000.0
+    rms_norm_eps: PositiveFloat = 1e-5
+    mup_enabled: bool = Field(default=True, description="scale the embedding by sqrt(D)")
+    max_position_embeddings: Positive = 131_072
+    init_std: PositiveFloat | None = Field(default=None, description="None means 0.5 / sqrt(D)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_layer_types(cls, values: object) -> object:
+        if not isinstance(values, dict) or values.get("layer_types"):
+            return values
+        every = values.get("global_attn_every_n_layers", 4)
+        num_layers = values.get("num_hidden_layers")
+        if isinstance(every, int) and isinstance(num_layers, int) and every > 0:
+            kinds = [
+                "full_attention" if (i + 1) % every == 0 else "sliding_attention"
+                for i in range(num_layers)
+            ]
+            return {**values, "layer_types": kinds}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries for "
+                f"num_hidden_layers={self.num_hidden_layers}; give one per layer or leave it out"
+            )
+        if self.num_dense_layers > self.num_hidden_layers:
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers} exceeds "
+                f"num_hidden_layers={self.num_hidden_layers}; lower it"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
+                f"num_experts={self.num_experts}; lower it"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
+        return self
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of the initial weights (report, eqs. 37-38)."""
+        return self.init_std if self.init_std is not None else 0.5 / math.sqrt(self.hidden_size)
+
+
+class BalanceConfig(Table):
+    """How routed experts are kept evenly loaded (report, section 2.3)."""
+
+    rule: Literal["smebu", "sign", "none"] = "smebu"
+    step: NonNegativeFloat = Field(default=5e-4, description="lambda of SMEBU, gamma of sign")
+    decay: Momentum = Field(default=0.5, description="SMEBU momentum beta")
+    sharpness: PositiveFloat = Field(default=2.0, description="SMEBU tanh slope kappa")
+    sequence_loss: NonNegativeFloat = Field(
+        default=1e-4, description="weight alpha of the sequence-wise balance loss; 0 turns it off"
+    )
+
+
+class LossConfig(Table):
+    """The language-modelling loss."""
+
+    z_loss: NonNegativeFloat = Field(default=1e-6, description="weight of mean logsumexp squared")
+    chunk_rows: Positive = Field(default=256, description="tokens per chunk of the vocabulary loss")
+
+
+class MuonConfig(Table):
+    """Muon for weight matrices (report, section 2.4)."""
+
+    enabled: bool = Field(default=True, description="False gives every parameter to AdamW")
+    lr: NonNegativeFloat = 1e-3
+    momentum: Momentum = 0.95
+    nesterov: bool = True
+    weight_decay: NonNegativeFloat = 0.1
+    coefficients: str = Field(default="trinity", description="Newton-Schulz coefficient set")
+    num_iterations: Positive = 5
+    dtype: Literal["bf16", "fp32"] = "bf16"
+
+
+class AdamWConfig(Table):
+    """AdamW for embeddings, head, norms and whatever Muon does not take."""
+
+    lr: NonNegativeFloat = 3e-4
+    beta1: Momentum = 0.9
+    beta2: Momentum = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = Field(default=0.1, description="on matrices; norms get none")
+
+
+class OptimConfig(Table):
+    """Both optimizers and what they share."""
+
+    router: Literal["muon", "adamw"] = "muon"
+    grad_clip: NonNegativeFloat = Field(
+        default=1.0, description="global gradient norm limit; 0: off"
+    )
+    muon: MuonConfig = MuonConfig()
+    adamw: AdamWConfig = AdamWConfig()
+
+
+class ScheduleConfig(Table):
+    """Learning-rate factor over the run: linear warm-up, then the shape."""
+
+    shape: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    warmup_steps: NonNegative = 0
+    decay_steps: NonNegative = Field(default=0, description="length of the final decay of wsd")
+    final_fraction: Fraction = Field(default=0.0, description="factor at the last step")
+    decay_shape: Literal["linear", "cosine"] = "linear"
+
+
+class RampPoint(Table):
+    """From this step on, a step holds this many rows."""
+
+    from_step: Positive
+    rows_per_step: Positive
+
+
+class BatchConfig(Table):
+    """How much data one optimizer step sees."""
+
+    sequence_length: Positive = Field(description="tokens per row")
+    rows_per_step: Positive = Field(description="rows of the global batch")
+    microbatch_rows: Positive = Field(description="rows per forward pass and process")
+    ramp: tuple[RampPoint, ...] = Field(default=(), description="batch-size ramp, ascending steps")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        steps = [point.from_step for point in self.ramp]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"ramp has from_step values {steps}; they must ascend")
+        for rows in (self.rows_per_step, *(point.rows_per_step for point in self.ramp)):
+            if rows % self.microbatch_rows:
+                raise ValueError(
+                    f"rows_per_step={rows} is not a multiple of "
+                    f"microbatch_rows={self.microbatch_rows}"
+                )
+        return self
+
+
+class TokenizerConfig(Table):
+    """Either an existing tokenizer, or the size of one to train on the sources."""
+
+    path: str | None = Field(default=None, description="tokenizer.json or a directory holding one")
+    vocab_size: Positive | None = Field(default=None, description="train a byte-level BPE this big")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.path is None) == (self.vocab_size is None):
+            raise ValueError("give exactly one of tokenizer.path and tokenizer.vocab_size")
+        return self
+
+
+class SourceConfig(Table):
+    """One weighted source of documents."""
+
+    name: str = Field(min_length=1)
+    path: str = Field(description='file, directory or glob; "stdlib" = this Python\'s own sources')
+    format: Literal["auto", "text", "jsonl", "parquet", "megatron"] = "auto"
+    text_key: str = Field(default="text", description="column that holds the text")
+    weight: PositiveFloat = Field(default=1.0, description="share of the tokens, relative")
+
+
+class DataConfig(Table):
+    """Documents, tokenizer, mixture and packing."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    tokenizer: TokenizerConfig
+    cache_dir: str = "runs/data-cache"
+    packing: Literal["rsdb", "sequential"] = "rsdb"
+    buffer_documents: Positive = Field(
+        default=256, description="documents open at once in the random sequential document buffer"
+    )
+    lanes: Positive = Field(default=8, description="independent row streams; a constant of the run")
+    mask_documents: bool = Field(default=True, description="attention stays inside a document")
+    held_out_fraction: Fraction = 0.02
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names {names} must differ from one another")
+        if self.packing == "rsdb" and self.buffer_documents < self.lanes:
+            raise ValueError(
+                f"buffer_documents={self.buffer_documents} is below lanes={self.lanes}; every lane "
+                "needs at least one document"
+            )
+        return self
+
+
+class TrainConfig(Table):
+    """The loop itself."""
+
+    num_steps: Positive
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="compute type; parameters and optimizer state stay fp32"
+    )
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = Field(default=False, description="torch.compile the blocks")
+    device: str = Field(default="auto", description='"auto", "cpu", "cuda"')
+    num_threads: NonNegative = Field(default=0, description="CPU threads; 0 leaves torch's choice")
+    validate_every_steps: NonNegative = Field(default=100, description="0 turns validation off")
+    validation_rows: Positive = 16
+    profile_steps: NonNegative = Field(default=0, description="steps to trace from step 3 on")
+    sample_prompt: str = Field(default="", description="text to continue when the run ends")
+
+
+class CheckpointConfig(Table):
+    """When to save and how many to keep."""
+
+    every_steps: NonNegative = Field(default=100, description="0 saves at the end only")
+    keep_last: Positive = 2
+
+
+class LogConfig(Table):
+    """What is written while training."""
+
+    every_steps: Positive = 1
+    tensorboard: bool = True
+
+
+class Config(Table):
+    """A whole run."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    seed: NonNegative = 0
+    output_dir: str = "runs"
+    model: ModelConfig
+    batch: BatchConfig
+    data: DataConfig
+    train: TrainConfig
+    balance: BalanceConfig = BalanceConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        wanted = self.data.tokenizer.vocab_size
+        if wanted is not None and wanted > self.model.vocab_size:
+            raise ValueError(
+                f"data.tokenizer.vocab_size={wanted} exceeds model.vocab_size="
+                f"{self.model.vocab_size}; raise the latter or lower the former"
+            )
+        if self.schedule.warmup_steps + self.schedule.decay_steps > self.train.num_steps:
+            raise ValueError(
+                f"schedule.warmup_steps + decay_steps = "
+                f"{self.schedule.warmup_steps + self.schedule.decay_steps} exceed "
+                f"train.num_steps={self.train.num_steps}; shorten them"
+            )
+        return self
+
+    def sha256(self) -> str:
+        """Hash of the effective configuration, independent of key order and file layout."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()

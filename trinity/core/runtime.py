@@ -1,0 +1,156 @@
+"""The one place that asks what the machine can do: devices, precision, threads, backends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import signal
+import time
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+
+from trinity.core.errors import ConfigError
+
+Precision = Literal["bf16", "fp32"]
+
+SAVED_AND_STOPPED_EXIT_CODE = 75
+"""Exit status after a signal-triggered save: EX_TEMPFAIL, "try again later"; resume continues."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolve "auto", "cpu" or "cuda[:n]". Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f'train.device={name!r} is not a device; use "auto", "cpu" or "cuda"'
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f'train.device={name!r}: no CUDA device is visible; use "cpu" or "auto"')
+    return device
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """The dtype matrix products run in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
+    """Mixed precision for a forward pass: bf16 products over fp32 parameters, or nothing."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def autocast_disabled(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Keep the dtypes inside exactly as they are, for arithmetic that must not be narrowed."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def set_threads(num_threads: int) -> None:
+    """Fix the number of CPU threads, 0 keeps torch's; only equal counts give equal bits."""
+    if num_threads:
+        torch.set_num_threads(num_threads)
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGUSR1 arrived.
+
+    The handler only sets a flag: it may run twice, and while the interpreter shuts down.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[StopSignal]:
+        """Handle SIGTERM and SIGUSR1 inside the ``with`` block, then restore what was there."""
+        watched = (signal.SIGTERM, signal.SIGUSR1)
+        previous = {number: signal.signal(number, self._remember) for number in watched}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        self.received = signal.Signals(number)
+
+
+class Backend(NamedTuple):
+    """An optional package and whether it can be used here."""
+
+    package: str
+    purpose: str
+    extra: str
+    active: bool
+    detail: str
+    """Its version, or the reason why it is not active."""
+
+
+OPTIONAL_PACKAGES = (
+    ("transformers", "transformers", "Hugging Face model parity and tokenizers", "hf"),
+    ("flash-attn", "flash_attn", "attention kernels on GPU", "cuda"),
+    ("transformer-engine", "transformer_engine.pytorch", "FP8 linears on GPU", "cuda"),
+    ("mamba-ssm", "mamba_ssm", "state-space kernels on GPU", "cuda"),
+    ("megatron-core", "megatron.core", "Megatron data interchange and engine", "megatron"),
+    ("deepspeed", "deepspeed", "ZeRO and CPU-offload engine", "deepspeed"),
+    ("triton", "triton", "our own GPU kernels", "cuda"),
+)
+
+
+def optional_backends() -> list[Backend]:
+    """Try every optional package. Slow (imports them); for ``trinity doctor`` only."""
+    return [_probe(*row) for row in OPTIONAL_PACKAGES]
+
+
+def _probe(package: str, module: str, purpose: str, extra: str) -> Backend:
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        detail = f'not installed; pip install "trinity-pretrain[{extra}]"'
+        return Backend(package, purpose, extra, False, detail)
+    try:
+        importlib.import_module(module)
+    # A half-installed CUDA package fails in all of these ways on a machine without a GPU.
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        reason = f"{version} is installed but does not import: {error}"
+        return Backend(package, purpose, extra, False, reason)
+    return Backend(package, purpose, extra, True, version)
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """Peak dense FLOP/s that model FLOP utilisation (MFU) is measured against.
+
+    For known GPUs the vendor's dense bf16 figure; for a CPU, whose sheet has no such figure, the
+    speed of one large product here and now, measured in about a second. None when unknown.
+    """
+    if device.type == "cpu":
+        return _measured_matmul_flops(compute_dtype(precision))
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in GPU_BF16_FLOPS.items() if part in name), None)
+
+
+GPU_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "B300": 2250e12}
+
+
+def _measured_matmul_flops(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+    a = torch.ones(size, size, dtype=dtype)
+    durations_s = []
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        torch.mm(a, a)
+        durations_s.append(time.perf_counter() - start_s)
+    return 2 * size**3 / min(durations_s)

@@ -1,0 +1,1 @@
+"""From text on disk to batches: tokenizers, token shards, mixtures, packing."""

@@ -1,0 +1,135 @@
+"""Batches for training and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trinity.core.config import DataConfig
+from trinity.data.build import Dataset, DocumentSet
+from trinity.data.pack import RowPlanner, Span
+
+IGNORED_TARGET = -100
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, what to predict, and which document each position belongs to."""
+
+    tokens_BS: Tensor
+    """int64."""
+    targets_BS: Tensor
+    """int64; the next token of the same document, or -100 where the document ends."""
+    document_ids_BS: Tensor
+    """int32; 0, 1, 2, ... along the row, one per contiguous read of a document."""
+
+
+class Loader:
+    """The training stream, seen from one process.
+
+    The global sequence of rows is a pure function of (data fingerprint, seed, row number).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        sequence_length: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._sets = [source.train for source in dataset.sources]
+        self._names = [source.name for source in dataset.sources]
+        self._rank, self._world_size = rank, world_size
+        self._planner = RowPlanner(
+            [documents.lengths for documents in self._sets],
+            [source.weight for source in dataset.sources],
+            sequence_length=sequence_length,
+            packing=config.packing,
+            buffer_documents=config.buffer_documents,
+            num_lanes=config.lanes,
+            seed=seed,
+        )
+        self.next_row = 0
+        """Row of the global stream that comes next."""
+
+    def next_rows(self, num_rows: int) -> Batch:
+        """This process's share of the next ``num_rows`` rows of the global stream.
+
+        Rank r takes the r-th of world_size equal blocks. Raises ValueError when the rows cannot be
+        divided equally.
+        """
+        share, rest = divmod(num_rows, self._world_size)
+        if rest:
+            raise ValueError(f"{num_rows} rows cannot be divided among {self._world_size} ranks")
+        first = self.next_row + self._rank * share
+        batch = read_rows(self._sets, [self._planner.row(first + i) for i in range(share)])
+        self.next_row += num_rows
+        return batch
+
+    def state(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Where the stream stands, as int64 arrays of fixed shape."""
+        return {
+            "next_row": np.array([self.next_row], dtype=np.int64),
+            **self._planner.state(self.next_row),
+        }
+
+    def load_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Go on where a :meth:`state` was taken, under any number of processes."""
+        self.next_row = int(state["next_row"][0])
+        self._planner.load_state(state)
+
+    def describe_rows(self, first: int, num_rows: int) -> list[str]:
+        """One line per read of the global rows ``first .. first + num_rows - 1``."""
+        return [
+            f"row {number}: {self._names[span.source]} document {span.document}, "
+            f"tokens {span.start}..{span.start + span.length - 1}"
+            for number in range(first, first + num_rows)
+            for span in self._planner.row(number)
+        ]
+
+
+def held_out_rows(dataset: Dataset, sequence_length: int, num_rows: int) -> dict[str, list[Batch]]:
+    """Fixed validation batches of each source that has held-out documents, one row each."""
+    batches = {}
+    for source in dataset.sources:
+        if not source.held_out.lengths.any():
+            continue
+        planner = RowPlanner(
+            [source.held_out.lengths],
+            [1.0],
+            sequence_length=sequence_length,
+            packing="sequential",
+            buffer_documents=1,
+            num_lanes=1,
+            seed=0,
+        )
+        batches[source.name] = [
+            read_rows([source.held_out], [planner.row(i)]) for i in range(num_rows)
+        ]
+    return batches
+
+
+def read_rows(sets: Sequence[DocumentSet], rows: Sequence[Sequence[Span]]) -> Batch:
+    """Fetch the tokens of planned rows."""
+    sequence_length = sum(span.length for span in rows[0]) if rows else 0
+    shape = (len(rows), sequence_length)
+    tokens_BS = np.empty(shape, dtype=np.int64)
+    targets_BS = np.full(shape, IGNORED_TARGET, dtype=np.int64)
+    ids_BS = np.empty(shape, dtype=np.int32)
+    for row, spans in enumerate(rows):
+        position = 0
+        for number, span in enumerate(spans):
+            # One token more than the span, where the document has it: the last one's target.
+            read = sets[span.source].read(span.document, span.start, span.length + 1)
+            end = position + span.length
+            tokens_BS[row, position:end] = read[: span.length]
+            targets_BS[row, position : position + len(read) - 1] = read[1:]
+            ids_BS[row, position:end] = number
+            position = end
+    return Batch(*(torch.from_numpy(array) for array in (tokens_BS, targets_BS, ids_BS)))

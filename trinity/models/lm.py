@@ -1,0 +1,132 @@
+"""The AFMoE language model: embedding, backbone, untied head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trinity.core.config import ModelConfig
+from trinity.models.backbone import Backbone, BackboneOutput
+from trinity.nn.attention import KeyValueCache
+from trinity.nn.init import initialize
+from trinity.nn.moe import MoE
+from trinity.ops.loss import linear_cross_entropy
+
+
+class LMLoss(NamedTuple):
+    """Sums over one microbatch, to be divided by the counts of the whole step."""
+
+    total: Tensor
+    """Cross-entropy + z_loss * z, summed over valid tokens; carries the gradient."""
+    cross_entropy: Tensor
+    """Summed negative log-likelihood of the valid tokens, nats, detached."""
+    z: Tensor
+    """Summed squared logsumexp of the valid tokens, detached."""
+    balance_loss: Tensor
+    """Sequence-wise balance loss summed over rows and layers; carries a gradient."""
+    load_LE: Tensor
+    """Tokens per expert of every layer with experts, int64."""
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of the AFMoE family (Trinity Nano, Mini, Large)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @classmethod
+    def on_meta(cls, config: ModelConfig) -> LanguageModel:
+        """The model's shapes without its memory, for counting and planning."""
+        with torch.device("meta"):
+            return cls(config)
+
+    @classmethod
+    def initialized(cls, config: ModelConfig, *, seed: int) -> LanguageModel:
+        """A model with the initial weights that ``seed`` determines, on the CPU in fp32."""
+        model = cls.on_meta(config).to_empty(device="cpu")
+        initialize(
+            model, weight_std=config.weight_std, num_layers=config.num_hidden_layers, seed=seed
+        )
+        return model
+
+    def forward(self, tokens_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
+        """Logits (B, S, V) for tokens (B, S), int64.
+
+        With ``document_ids_BS`` (B, S, integers that change where a new document starts),
+        attention stays inside each document.
+        """
+        return self.lm_head(self.hidden(tokens_BS, document_ids_BS).hidden_BSD)
+
+    def hidden(
+        self,
+        tokens_BS: Tensor,
+        document_ids_BS: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+        first_position: int = 0,
+    ) -> BackboneOutput:
+        """Everything up to the head: hidden states (B, S, D) and routing statistics."""
+        x_BSD = self.embed_tokens(tokens_BS)
+        if self.config.mup_enabled:
+            x_BSD = x_BSD * self.config.hidden_size**0.5
+        if torch.is_autocast_enabled(x_BSD.device.type):
+            # The embedding is not an autocast op: without this the stream would stay fp32.
+            x_BSD = x_BSD.to(torch.get_autocast_dtype(x_BSD.device.type))
+        return self.backbone(x_BSD, document_ids_BS, caches, first_position)
+
+    def loss(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        document_ids_BS: Tensor | None = None,
+        *,
+        z_loss: float = 0.0,
+        chunk_rows: int = 256,
+    ) -> LMLoss:
+        """Loss sums of a microbatch, never forming all logits; targets of -100 do not count."""
+        out = self.hidden(tokens_BS, document_ids_BS)
+        vocab = linear_cross_entropy(
+            out.hidden_BSD.flatten(0, 1),
+            self.lm_head.weight,
+            targets_BS.flatten(),
+            z_loss=z_loss,
+            chunk_rows=chunk_rows,
+        )
+        return LMLoss(vocab.total, vocab.cross_entropy, vocab.z, out.balance_loss, out.load_LE)
+
+    def moe_layers(self) -> Iterator[MoE]:
+        """The layers with experts, in the order of ``load_LE``."""
+        for module in self.backbone.layers:
+            if isinstance(module.ffn, MoE):
+                yield module.ffn
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters, total and active per token, counted on meta tensors.
+
+    The balancing bias counts as a parameter, as in the released checkpoints. ``active`` leaves out
+    the experts a token does not visit and the input embedding, which is a look-up.
+    """
+    model = LanguageModel.on_meta(config)
+    total = sum(p.numel() for p in model.parameters())
+    biases = sum(moe.router.expert_bias.numel() for moe in model.moe_layers())
+    embedding = model.embed_tokens.weight.numel()
+    idle = 0
+    for moe in model.moe_layers():
+        experts = sum(p.numel() for p in moe.experts.parameters())
+        idle += experts - experts * config.num_experts_per_tok // config.num_experts
+    return {
+        "total": total + biases,
+        "active": total + biases - idle - embedding,
+        "embedding": embedding,
+        "head": model.lm_head.weight.numel(),
+        "routed_experts": sum(
+            p.numel() for moe in model.moe_layers() for p in moe.experts.parameters()
+        ),
+    }

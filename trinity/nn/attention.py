@@ -1,0 +1,82 @@
+"""Gated grouped-query attention with QK-norm; local layers rotate, global ones do not."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trinity.core.config import LayerType, ModelConfig
+from trinity.nn.norm import RMSNorm
+from trinity.ops.attention import causal_attention
+from trinity.ops.elementwise import rotary, sigmoid_gate
+
+
+class KeyValueCache(Protocol):
+    """Where a layer keeps the keys and values of tokens it has already seen."""
+
+    def attend(self, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
+        """Append the new keys and values, attend from the new queries, return (B, H, S, d)."""
+        ...
+
+
+class GatedAttention(nn.Module):
+    """o_proj(attention(q, k, v) * sigmoid(gate(x))) (report, eqs. 1-14).
+
+    q and k are RMS-normalised per head with one gain vector each. Layers of type
+    ``sliding_attention`` apply rotary positions and see ``sliding_window`` keys, the token itself
+    included; layers of type ``full_attention`` see everything before and use no positions.
+    """
+
+    def __init__(self, config: ModelConfig, layer_type: LayerType) -> None:
+        super().__init__()
+        width, heads, kv_heads = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        self.head_dim = config.head_dim
+        self.window = config.sliding_window if layer_type == "sliding_attention" else None
+        self.backend = "auto"
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.gate_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        document_ids_BS: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, S, D) -> (B, S, D).
+
+        ``rope`` holds the cosines and sines (S, head_dim) of the tokens' positions. Attention
+        never crosses a boundary of ``document_ids_BS``; with a ``cache`` there are no documents.
+        """
+        q_BHSd = self.q_norm(self._heads(self.q_proj(x_BSD))).transpose(1, 2)
+        k_BGSd = self.k_norm(self._heads(self.k_proj(x_BSD))).transpose(1, 2)
+        v_BGSd = self._heads(self.v_proj(x_BSD)).transpose(1, 2)
+        if self.window is not None:
+            q_BHSd, k_BGSd = rotary(q_BHSd, *rope), rotary(k_BGSd, *rope)
+        if cache is not None:
+            out_BHSd = cache.attend(q_BHSd, k_BGSd, v_BGSd)
+        else:
+            out_BHSd = causal_attention(
+                q_BHSd,
+                k_BGSd,
+                v_BGSd,
+                window=self.window,
+                document_ids_BS=document_ids_BS,
+                backend=self.backend,
+            )
+        out_BSD = out_BHSd.transpose(1, 2).flatten(2)
+        return self.o_proj(sigmoid_gate(out_BSD, self.gate_proj(x_BSD)))
+
+    def _heads(self, x_BSD: Tensor) -> Tensor:
+        return torch.unflatten(x_BSD, -1, (-1, self.head_dim))

@@ -1,0 +1,88 @@
+"""The mixture-of-experts feed-forward: router, dispatcher, experts, shared expert."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trinity.core.config import ModelConfig
+from trinity.nn.balance import sequence_balance_loss
+from trinity.nn.feedforward import GroupedExperts, SwiGLU
+from trinity.nn.router import SigmoidRouter
+
+
+class RoutingStats(NamedTuple):
+    """What balancing needs to know of one layer's forward pass.
+
+    These are *returned*, never stored: a pass that is recomputed for the backward throws its own
+    copy away, so every token is counted exactly once under any recompute mode.
+    """
+
+    load_E: Tensor
+    """Tokens sent to each expert, int64."""
+    balance_loss: Tensor
+    """Sequence-wise balance loss summed over the rows, fp32 scalar."""
+
+
+class Dispatcher(Protocol):
+    """Brings routed tokens to their experts and the weighted outputs back."""
+
+    def __call__(
+        self, experts: GroupedExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
+    ) -> Tensor:
+        """(T, D) -> (T, D)."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts live on this process: nothing travels."""
+
+    def __call__(
+        self, experts: GroupedExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
+    ) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return experts(x_TD, index_TK, weight_TK)
+
+
+class MoE(nn.Module):
+    """shared(x) + sum over chosen experts of weight * expert(x).
+
+    The residual connection is outside, in the block.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.router = SigmoidRouter(
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.route_scale,
+        )
+        self.experts = GroupedExperts(
+            config.num_experts, config.hidden_size, config.moe_intermediate_size
+        )
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        shared_size = config.moe_intermediate_size * config.num_shared_experts
+        self.shared = SwiGLU(config.hidden_size, shared_size) if shared_size else None
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
+        """(B, S, D) -> (B, S, D) and the statistics of the routing."""
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.router(x_TD)
+        routed_TD = self.dispatcher(self.experts, x_TD, routing.index_TK, routing.weight_TK)
+        out_BSD = routed_TD.view_as(x_BSD)
+        if self.shared is not None:
+            out_BSD = out_BSD + self.shared(x_BSD)
+        rows = x_BSD.shape[:2]
+        stats = RoutingStats(
+            load_E=torch.bincount(routing.index_TK.flatten(), minlength=self.num_experts),
+            balance_loss=sequence_balance_loss(
+                routing.scores_TE.unflatten(0, rows),
+                routing.index_TK.unflatten(0, rows),
+                self.num_experts,
+            ),
+        )
+        return out_BSD, stats

@@ -1,0 +1,176 @@
+"""Causal attention: global or sliding-window, grouped queries, packed documents.
+
+``causal_attention`` is the one entrance; its backends compute the same function:
+
+``blocked``    one autograd node that walks over blocks of queries and touches only the keys a block
+               can see: no S x S mask, no work outside the window or before the document.
+``sdpa``       PyTorch's fused attention, for global layers; one call per document.
+``reference``  the definition, with an S x S mask, in fp32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trinity.core.errors import ConfigError
+from trinity.ops.blocked_attention import blocked_attention
+from trinity.ops.common import accumulate_dtype, compute_dtype, exact_dtypes, not_traced
+
+
+def causal_attention(
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    *,
+    window: int | None,
+    document_ids_BS: Tensor | None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over the keys each token may see; (B, H, S, d).
+
+    Token i sees tokens max(0, i - window + 1) .. i, that is ``window`` keys with itself, or all up
+    to itself when ``window`` is None or at least S. With documents it also sees none before its
+    document; a document is a run of equal ids, so an id that comes back later is a new document.
+
+    Args:
+        q_BHSd: queries; H is a multiple of G, query head h uses key head h // (H / G).
+        k_BGSd: keys.
+        v_BGSd: values.
+        window: sliding window in tokens, itself included, or None for global attention.
+        document_ids_BS: integers, or None when each row is one document.
+        backend: a key of ``BACKENDS``, or "auto" for the fastest on this device.
+
+    Raises:
+        ConfigError: unknown backend, or one that cannot do what is asked.
+    """
+    num_tokens = q_BHSd.shape[2]
+    if window is not None and window < 1:
+        raise ConfigError(f"sliding window {window} must be at least 1 token, the token itself")
+    if window is not None and window >= num_tokens:
+        window = None
+    dtype = compute_dtype(q_BHSd)
+    q_BHSd, k_BGSd, v_BGSd = q_BHSd.to(dtype), k_BGSd.to(dtype), v_BGSd.to(dtype)
+    if backend == "auto":
+        backend = _default_backend(q_BHSd, window, document_ids_BS)
+    if backend not in BACKENDS:
+        raise ConfigError(
+            f"attention backend {backend!r} does not exist; use one of auto, {', '.join(BACKENDS)}"
+        )
+    with exact_dtypes(q_BHSd):
+        return BACKENDS[backend](q_BHSd, k_BGSd, v_BGSd, window, document_ids_BS)
+
+
+def attention_reference(
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    *,
+    window: int | None,
+    document_ids_BS: Tensor | None,
+) -> Tensor:
+    """What ``causal_attention`` computes, with every score formed."""
+    dtype = q_BHSd.dtype
+    wide = accumulate_dtype(dtype)
+    groups = q_BHSd.shape[1] // k_BGSd.shape[1]
+    k_BHSd = k_BGSd.repeat_interleave(groups, dim=1).to(wide)
+    v_BHSd = v_BGSd.repeat_interleave(groups, dim=1).to(wide)
+    scores_BHSS = q_BHSd.to(wide) @ k_BHSd.mT * q_BHSd.shape[-1] ** -0.5
+    position = torch.arange(q_BHSd.shape[2], device=q_BHSd.device)
+    distance_SS = position[:, None] - position[None, :]
+    hidden = distance_SS < 0
+    if window is not None:
+        hidden = hidden | (distance_SS >= window)
+    if document_ids_BS is not None:
+        starts_BS = document_starts(document_ids_BS)
+        hidden = hidden | (position < starts_BS[:, :, None])[:, None]
+    probabilities = scores_BHSS.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return (probabilities @ v_BHSd).to(dtype)
+
+
+def document_starts(document_ids_BS: Tensor) -> Tensor:
+    """Position of the first token of each token's document, (B, S) int64."""
+    position = torch.arange(document_ids_BS.shape[1], device=document_ids_BS.device)
+    begins = torch.ones_like(document_ids_BS, dtype=torch.bool)
+    begins[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+    return torch.where(begins, position, 0).cummax(dim=1).values
+
+
+def _blocked(
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    window: int | None,
+    document_ids_BS: Tensor | None,
+) -> Tensor:
+    starts_BS = None if document_ids_BS is None else document_starts(document_ids_BS)
+    return blocked_attention(q_BHSd, k_BGSd, v_BGSd, window, starts_BS)
+
+
+@not_traced
+def _sdpa(
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    window: int | None,
+    document_ids_BS: Tensor | None,
+) -> Tensor:
+    """Fused attention. A mask would make it do all S x S work, so a window is refused."""
+    if window is not None:
+        raise ConfigError(
+            'attention backend "sdpa" has no sliding window; use "auto" or "blocked" there'
+        )
+    if document_ids_BS is None:
+        return _sdpa_call(q_BHSd, k_BGSd, v_BGSd)
+    starts_BS = document_starts(document_ids_BS)
+    position = torch.arange(starts_BS.shape[1], device=starts_BS.device)
+    firsts = (starts_BS == position).flatten().nonzero().flatten()
+    lengths = firsts.diff(append=firsts.new_tensor([starts_BS.numel()])).tolist()
+    # Rows one after another; `split`, unlike slices, has a backward that is linear in the pieces.
+    parts = (x.transpose(0, 1).flatten(1, 2).split(lengths, 1) for x in (q_BHSd, k_BGSd, v_BGSd))
+    outs = [
+        _sdpa_call(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(outs, dim=2).squeeze(0).unflatten(1, starts_BS.shape).transpose(0, 1)
+
+
+def _sdpa_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.device.type == "cpu":
+        # The CPU kernel's own expansion is a fifth slower at long rows.
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _reference(
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    window: int | None,
+    document_ids_BS: Tensor | None,
+) -> Tensor:
+    return attention_reference(
+        q_BHSd, k_BGSd, v_BGSd, window=window, document_ids_BS=document_ids_BS
+    )
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, int | None, Tensor | None], Tensor]] = {
+    "blocked": _blocked,
+    "sdpa": _sdpa,
+    "reference": _reference,
+}
+
+
+def _default_backend(q_BHSd: Tensor, window: int | None, document_ids_BS: Tensor | None) -> str:
+    if window is not None:
+        return "blocked"
+    if q_BHSd.device.type != "cpu":
+        return "sdpa"
+    long_fp32 = q_BHSd.dtype == torch.float32 and q_BHSd.shape[2] > 2048
+    return "sdpa" if long_fp32 and document_ids_BS is None else "blocked"

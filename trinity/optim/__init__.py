@@ -1,0 +1,1 @@
+"""Optimizers, the table that assigns parameters to them, and learning-rate schedules."""

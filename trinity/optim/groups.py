@@ -1,0 +1,214 @@
+"""Which optimizer moves which parameter: one table, checked to cover everything exactly once."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from trinity.core.config import OptimConfig
+from trinity.core.errors import ConfigError
+from trinity.optim.muon import Muon, lr_scale
+
+MATRIX = "matrix"
+ROUTER = "router"
+TABLE_LIKE = "embedding or head"
+VECTOR = "vector"
+
+# First match wins. Convolution kernels are 3-D but no stack of matrices, so they have a row.
+KINDS: tuple[tuple[str, str], ...] = (
+    ("*norm.weight", VECTOR),
+    ("embed_tokens.weight", TABLE_LIKE),
+    ("lm_head.weight", TABLE_LIKE),
+    ("*.conv*", VECTOR),
+    ("*.ffn.router.weight", ROUTER),
+    ("*.mixer.*_proj.weight", MATRIX),
+    ("*.ffn.*_proj.weight", MATRIX),
+    ("*.ffn.experts.gate_up", MATRIX),
+    ("*.ffn.experts.down", MATRIX),
+)
+DECAYED_KINDS = frozenset({MATRIX, ROUTER})
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ParameterRow(NamedTuple):
+    """One line of the parameter table."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_parameters: int
+    kind: str
+    optimizer: str
+    """"muon" or "adamw"."""
+    lr: float
+    """Peak learning rate before ``lr_scale``."""
+    lr_scale: float
+    weight_decay: float
+
+
+def parameter_table(
+    named_parameters: Iterable[tuple[str, Tensor]], config: OptimConfig
+) -> list[ParameterRow]:
+    """Assign every parameter to exactly one optimizer.
+
+    Muon takes weight matrices, and the router's if ``optim.router`` says so; AdamW takes
+    embeddings, head, norms and other vectors. Matrices decay, the rest does not. Raises
+    ConfigError naming a parameter that no rule knows.
+    """
+    return [_row(name, parameter, config) for name, parameter in named_parameters]
+
+
+def _row(name: str, parameter: Tensor, config: OptimConfig) -> ParameterRow:
+    kind = next((kind for pattern, kind in KINDS if fnmatch.fnmatchcase(name, pattern)), None)
+    if kind is None or (kind in DECAYED_KINDS and parameter.ndim < 2):
+        raise ConfigError(
+            f"parameter {name} of shape {tuple(parameter.shape)} matches no rule of the optimizer "
+            "table; add one to trinity/optim/groups.py"
+        )
+    takes_muon = kind == MATRIX or (kind == ROUTER and config.router == "muon")
+    if takes_muon and config.muon.enabled:
+        rows, columns = parameter.shape[-2:]
+        optimizer, lr, decay = "muon", config.muon.lr, config.muon.weight_decay
+        scale = lr_scale(rows, columns)
+    else:
+        optimizer, lr, scale = "adamw", config.adamw.lr, 1.0
+        decay = config.adamw.weight_decay if kind in DECAYED_KINDS else 0.0
+    shape = tuple(parameter.shape)
+    return ParameterRow(name, shape, parameter.numel(), kind, optimizer, lr, scale, decay)
+
+
+def render_table(rows: list[ParameterRow]) -> Table:
+    """The table for people: layers and experts of equal treatment share a line."""
+    groups: dict[tuple[str, ...], list[ParameterRow]] = {}
+    for row in rows:
+        pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
+        shape = "x".join(str(size) for size in row.shape)
+        groups.setdefault((pattern, shape, row.optimizer), []).append(row)
+    table = Table(title="parameters")
+    for heading in ("name", "shape", "tensors", "parameters", "optimizer", "peak lr", "decay"):
+        table.add_column(heading, justify="left" if heading == "name" else "right")
+    for (pattern, shape, optimizer), members in groups.items():
+        table.add_row(
+            pattern,
+            shape,
+            str(len(members)),
+            f"{sum(row.num_parameters for row in members):,}",
+            optimizer,
+            f"{members[0].lr * members[0].lr_scale:.2e}",
+            f"{members[0].weight_decay:g}",
+        )
+    return table
+
+
+class OptimizerSet:
+    """Muon and AdamW behind one interface, with state addressed by parameter name."""
+
+    def __init__(
+        self, named_parameters: dict[str, Tensor], rows: list[ParameterRow], config: OptimConfig
+    ) -> None:
+        self._names = {parameter: name for name, parameter in named_parameters.items()}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        muon = [named_parameters[row.name] for row in rows if row.optimizer == "muon"]
+        if muon:
+            self.optimizers["muon"] = Muon(
+                muon,
+                lr=config.muon.lr,
+                momentum=config.muon.momentum,
+                nesterov=config.muon.nesterov,
+                weight_decay=config.muon.weight_decay,
+                coefficients=config.muon.coefficients,
+                num_iterations=config.muon.num_iterations,
+                dtype=DTYPES[config.muon.dtype],
+            )
+        adamw = [row for row in rows if row.optimizer == "adamw"]
+        if adamw:
+            decays = sorted({row.weight_decay for row in adamw})
+            self.optimizers["adamw"] = torch.optim.AdamW(
+                [
+                    {
+                        "params": [
+                            named_parameters[row.name] for row in adamw if row.weight_decay == decay
+                        ],
+                        "weight_decay": decay,
+                    }
+                    for decay in decays
+                ],
+                lr=config.adamw.lr,
+                betas=(config.adamw.beta1, config.adamw.beta2),
+                eps=config.adamw.eps,
+                fused=True,
+            )
+        self._peak_lrs = {
+            name: optimizer.defaults["lr"] for name, optimizer in self.optimizers.items()
+        }
+
+    def set_lr(self, factor: float) -> None:
+        """Set every learning rate to ``factor`` times its peak."""
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self._peak_lrs[name] * factor
+
+    def learning_rates(self) -> dict[str, float]:
+        """Current rates as ``lr_muon`` and ``lr_adamw``."""
+        return {
+            f"lr_{name}": float(optimizer.param_groups[0]["lr"])
+            for name, optimizer in self.optimizers.items()
+        }
+
+    def step(self) -> None:
+        """Move every parameter."""
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def init_state(self) -> None:
+        """Create all state tensors as they are before the first step, ready to be loaded into."""
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, Muon):
+                optimizer.init_state()
+                continue
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if not optimizer.state[parameter]:
+                        optimizer.state[parameter] = {
+                            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as ``<parameter name>.<state name>`` -> tensor; nothing but tensors."""
+        self.init_state()
+        return {
+            f"{self._names[parameter]}.{key}": value
+            for optimizer in self.optimizers.values()
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Copy state back in place. Raises ConfigError when the names differ."""
+        own = self.state_dict()
+        if own.keys() != tensors.keys():
+            odd = sorted(own.keys() ^ tensors.keys())
+            raise ConfigError(
+                f"optimizer state does not fit: {odd[0]} and {len(odd) - 1} more exist on one side "
+                "only; was the run started with another [optim] table?"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> OptimizerSet:
+    """The optimizers of a model, every parameter in exactly one of them."""
+    named = dict(model.named_parameters())
+    return OptimizerSet(named, parameter_table(named.items(), config), config)

@@ -1,0 +1,91 @@
+"""Schedules as pure functions of the step: learning-rate factor, batch-size ramp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class RampPoint(Protocol):
+    """From ``from_step`` on, a step holds ``rows_per_step`` rows."""
+
+    @property
+    def from_step(self) -> int:
+        """First step (counted from 0) the point applies to."""
+        ...
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of the global batch."""
+        ...
+
+
+def lr_factor(
+    step: int,
+    *,
+    shape: str,
+    warmup_steps: int,
+    num_steps: int,
+    decay_steps: int,
+    final_fraction: float,
+    decay_shape: str,
+) -> float:
+    """Factor on the peak learning rates for optimizer step ``step``, counted from 0.
+
+    Warm-up is linear from 1/warmup_steps at step 0 to 1 at step warmup_steps - 1. Then
+    ``constant`` stays at 1; ``linear`` and ``cosine`` fall to ``final_fraction`` over the rest of
+    the run; ``wsd`` stays at 1 and falls in the shape ``decay_shape`` over the last
+    ``decay_steps``. The last step has exactly ``final_fraction``.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if shape == "constant":
+        return 1.0
+    if shape == "wsd":
+        num_decay_steps, curve = decay_steps, decay_shape
+    else:
+        num_decay_steps, curve = num_steps - warmup_steps, shape
+    progress_steps = step + 1 - (num_steps - num_decay_steps)
+    if progress_steps <= 0 or num_decay_steps == 0:
+        return 1.0
+    progress = min(progress_steps / num_decay_steps, 1.0)
+    fall = progress if curve == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return 1.0 - (1.0 - final_fraction) * fall
+
+
+def rows_at_step(step: int, rows_per_step: int, ramp: Sequence[RampPoint]) -> int:
+    """Rows of the global batch at ``step``: the last ramp point reached, else the base."""
+    reached = [point.rows_per_step for point in ramp if point.from_step <= step]
+    return reached[-1] if reached else rows_per_step
+
+
+def rows_before_step(step: int, rows_per_step: int, ramp: Sequence[RampPoint]) -> int:
+    """Rows consumed by all steps before ``step``."""
+    edges = [0, *(min(point.from_step, step) for point in ramp), step]
+    rates = [rows_per_step, *(point.rows_per_step for point in ramp)]
+    return sum(
+        (end - start) * rate for start, end, rate in zip(edges, edges[1:], rates, strict=True)
+    )
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most ``max_norm``.
+
+    Returns the norm before clipping, at least fp32; nothing waits for the device. A limit of
+    infinity measures only.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    widest = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
+    norms = torch._foreach_norm(gradients, 2.0, dtype=widest)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    if math.isfinite(max_norm):
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor)
+    return total

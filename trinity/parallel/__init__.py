@@ -1,0 +1,1 @@
+"""Parallelism and recomputation, applied to a model from outside."""

@@ -1,0 +1,87 @@
+"""What the command line does for training: open or resume a run, train, say what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from trinity.core.config import Config
+from trinity.core.errors import ConfigError
+from trinity.core.load_config import load_config
+from trinity.core.runtime import SAVED_AND_STOPPED_EXIT_CODE
+from trinity.data.build import build_dataset
+from trinity.train.loop import pretrain
+from trinity.train.metrics import read_metrics
+from trinity.train.run import (
+    Run,
+    create_run_directory,
+    default_run_directory,
+    read_run_config,
+    replay_step,
+)
+from trinity.train.sample import sample_text
+
+SAMPLE_TOKENS = 80
+
+
+def pretrain_command(arguments: Sequence[str], run_dir: Path | None, resume: Path | None) -> int:
+    """Run ``trinity pretrain``; returns the exit status."""
+    files = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    if resume is not None:
+        if files or run_dir is not None:
+            raise ConfigError(
+                "--resume takes the configuration of the run itself; give overrides only, such as "
+                "train.num_steps=500"
+            )
+        config, directory = read_run_config(resume, overrides), resume
+    elif len(files) != 1:
+        raise ConfigError(
+            f"give one configuration file, got {files}; for instance configs/tiny.toml"
+        )
+    else:
+        config = load_config(files[0], overrides)
+        directory = run_dir or default_run_directory(config)
+        create_run_directory(directory, config)
+    run = pretrain(config, directory, resume=resume is not None)
+    if run.step < config.train.num_steps:
+        return SAVED_AND_STOPPED_EXIT_CODE
+    summarize(run)
+    return 0
+
+
+def summarize(run: Run) -> None:
+    """Print how validation moved, the balance of each layer, a sample, and where the run lies."""
+    console = Console(highlight=False, soft_wrap=True)
+    validations = read_metrics(run.directory, "validation")
+    if validations:
+        first, last = validations[0]["loss"], validations[-1]["loss"]
+        console.print(
+            f"validation loss {first:.4f} -> {last:.4f} ({(last - first) / first:+.1%})",
+            markup=False,
+        )
+    max_vio = read_metrics(run.directory, "train")[-1]["max_vio"]
+    shown = "  ".join(f"{value:.2f}" for value in max_vio)
+    console.print(f"MaxVio per expert layer: {shown}", markup=False)
+    if run.config.train.sample_prompt:
+        text = sample_text(run, SAMPLE_TOKENS)
+        console.print(f"sample:\n{text}", markup=False)
+    console.print(f"run: {run.directory}", markup=False)
+
+
+def describe_data(config: Config) -> None:
+    """Build or find the token shards of a configuration and print what they hold."""
+    dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
+    console = Console(highlight=False, soft_wrap=True)
+    for record in dataset.record():
+        console.print_json(data=record)
+    console.print(f"fingerprint {dataset.fingerprint}", markup=False)
+
+
+def show_step(run_dir: Path, step: int) -> None:
+    """Print the documents and token ranges of every row that ``step`` trains on."""
+    console = Console(highlight=False, soft_wrap=True)
+    for line in replay_step(run_dir, step):
+        console.print(line, markup=False)

@@ -1,0 +1,127 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from trinity.core.config import Config
+from trinity.core.runtime import StopSignal, peak_flops, set_threads
+from trinity.data.loader import Batch
+from trinity.models.flops import train_flops_per_token
+from trinity.nn.balance import max_violation
+from trinity.optim.schedule import lr_factor, rows_at_step
+from trinity.train.evaluate import validation_loss
+from trinity.train.metrics import MetricsWriter, Reporter
+from trinity.train.profile import step_profiler
+from trinity.train.run import DONE_FILE, Run, open_run
+from trinity.train.step import StepResult, train_step
+
+
+def pretrain(config: Config, directory: Path, *, resume: bool = False) -> Run:
+    """Train to ``train.num_steps``, or until SIGTERM/SIGUSR1; returns the run where it stopped.
+
+    ``run.step < train.num_steps`` in the result means that a signal stopped it; its state is saved.
+    """
+    set_threads(config.train.num_threads)
+    run = open_run(config, directory, resume=resume)
+    last_step = config.train.num_steps
+    writer = MetricsWriter(directory, start_step=run.step, tensorboard=config.log.tensorboard)
+    peak = peak_flops(run.device, config.train.precision)
+    profiler = step_profiler(directory, config.train.profile_steps)
+    reporter = Reporter(num_steps=last_step, start_step=run.step)
+    with StopSignal().installed() as stop, writer, reporter, profiler as trace:
+        for warning in run.warnings:
+            reporter.say(f"warning: {warning}")
+        if run.step == 0 and config.train.validate_every_steps:
+            _validate(run, writer, reporter)
+        while run.step < last_step and not stop:
+            start_s = time.perf_counter()
+            result = train_step(run.model, run.optimizers, _next_microbatches(run), config)
+            run.advance(result.num_tokens)
+            trace.step()
+            _record_step(run, result, time.perf_counter() - start_s, peak, writer, reporter)
+            if _is_due(config.train.validate_every_steps, run.step, last_step):
+                _validate(run, writer, reporter)
+            if _is_due(config.checkpoint.every_steps, run.step, last_step):
+                run.save()
+        saved = run.save()
+        if stop.received is not None:
+            reporter.say(f"{stop.received.name}: saved {saved}, stopping")
+    if run.step == last_step:
+        (directory / DONE_FILE).write_text(f"{run.step}\n", encoding="utf-8")
+    return run
+
+
+def _next_microbatches(run: Run) -> list[Batch]:
+    """The rows of the next step, split; also sets the step's learning rates."""
+    config = run.config
+    factor = lr_factor(
+        run.step,
+        shape=config.schedule.shape,
+        warmup_steps=config.schedule.warmup_steps,
+        num_steps=config.train.num_steps,
+        decay_steps=config.schedule.decay_steps,
+        final_fraction=config.schedule.final_fraction,
+        decay_shape=config.schedule.decay_shape,
+    )
+    run.optimizers.set_lr(factor)
+    num_rows = rows_at_step(run.step, config.batch.rows_per_step, config.batch.ramp)
+    batch = run.loader.next_rows(num_rows)
+    size = config.batch.microbatch_rows
+    parts = [Batch(*(field[i : i + size] for field in batch)) for i in range(0, num_rows, size)]
+    return list(run.on_device(parts))
+
+
+def _is_due(every_steps: int, step: int, last_step: int) -> bool:
+    """Whether something done every so many steps (0: never) and at the end happens now."""
+    return every_steps > 0 and (step % every_steps == 0 or step == last_step)
+
+
+def _record_step(
+    run: Run,
+    result: StepResult,
+    step_s: float,
+    peak: float | None,
+    writer: MetricsWriter,
+    reporter: Reporter,
+) -> None:
+    config = run.config
+    if not _is_due(config.log.every_steps, run.step, config.train.num_steps):
+        return
+    tokens_per_s = result.num_tokens / step_s
+    flops_per_token = train_flops_per_token(config.model, config.batch.sequence_length)
+    max_vio_L = max_violation(result.load_LE.float())
+    values = {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "batch_het": result.batch_het,
+        "z": result.z,
+        "balance_loss": result.balance_loss,
+        "max_vio_max": float(max_vio_L.max()) if len(max_vio_L) else 0.0,
+        "max_vio_mean": float(max_vio_L.mean()) if len(max_vio_L) else 0.0,
+        **run.optimizers.learning_rates(),
+        "num_tokens_seen": run.num_tokens_seen,
+        "tokens_per_s": tokens_per_s,
+        "step_s": step_s,
+        "mfu": tokens_per_s * flops_per_token / peak if peak else None,
+        "max_vio": max_vio_L.tolist(),
+        "load": result.load_LE.tolist(),
+    }
+    writer.write("train", run.step, values)
+    mfu = f"  mfu {values['mfu']:.0%}" if values["mfu"] is not None else ""
+    reporter.step(
+        run.step,
+        f"loss {result.loss:.4f}  grad {result.grad_norm:.3f}  "
+        f"maxvio {values['max_vio_max']:.2f}  {tokens_per_s:,.0f} tok/s{mfu}",
+    )
+
+
+def _validate(run: Run, writer: MetricsWriter, reporter: Reporter) -> None:
+    losses = {
+        name: validation_loss(run.model, run.on_device(batches), run.config)
+        for name, batches in run.validation.items()
+    }
+    mean = sum(losses.values()) / len(losses)
+    writer.write("validation", run.step, {"loss": mean, **losses})
+    reporter.say(f"step {run.step:>6}  validation loss {mean:.4f}")

@@ -1,0 +1,126 @@
+"""Where a run's numbers go: JSON lines (the record), TensorBoard, the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trinity.core.errors import TrainingError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends one JSON object per line and mirrors numbers to TensorBoard.
+
+    Opened at step N, it first drops what a run that died later had written beyond N, a torn last
+    line included, so that the file always reads as one uninterrupted run.
+    """
+
+    def __init__(self, run_dir: Path, *, start_step: int, tensorboard: bool) -> None:
+        self.path = run_dir / METRICS_FILE
+        _truncate_after(self.path, start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=start_step + 1
+            )
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Record ``values`` under ``kind`` ("train", "validation", "event") at ``step``."""
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self.path}: cannot write metrics: {error}; free space") from None
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Flush and close both sinks."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(run_dir: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The recorded lines of a run, all kinds or one; a torn last line is left out."""
+    rows = []
+    for line in (Path(run_dir) / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        row = _parse(line)
+        if row is not None and kind in (None, row["kind"]):
+            rows.append(row)
+    return rows
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _truncate_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Reporter:
+    """Tells a person how the run goes: a progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, *, num_steps: int, start_step: int) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(
+                "train", total=num_steps, completed=start_step, status=""
+            )
+        self._plain_every = max(1, num_steps // 50)
+        self._num_steps = num_steps
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def step(self, step: int, status: str) -> None:
+        """Report that ``step`` is done."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, status=status)
+        elif step % self._plain_every == 0 or step in (1, self._num_steps):
+            self.console.print(f"step {step:>6}/{self._num_steps}  {status}", markup=False)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, above the bar where there is one."""
+        self.console.print(text, markup=False)

@@ -1,0 +1,225 @@
+"""A run: its directory, everything it trains, and what a checkpoint of it holds."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trinity.ckpt.store import clean_stale, latest_checkpoint, load_checkpoint, save_checkpoint
+from trinity.core.config import Config
+from trinity.core.errors import CheckpointError, ConfigError
+from trinity.core.load_config import dump_config, load_config
+from trinity.core.runtime import choose_device
+from trinity.data.build import Dataset, build_dataset
+from trinity.data.loader import Batch, Loader, held_out_rows
+from trinity.models.lm import LanguageModel
+from trinity.optim.groups import OptimizerSet, build_optimizers
+from trinity.optim.schedule import rows_at_step, rows_before_step
+from trinity.parallel.recompute import apply_recompute
+
+CONFIG_FILE = "config.toml"
+RECORD_FILE = "run.json"
+DONE_FILE = "DONE"
+TOKENIZER_DIR = "tokenizer"
+
+
+@dataclass
+class Run:
+    """The moving parts of a training run on this process."""
+
+    config: Config
+    directory: Path
+    device: torch.device
+    dataset: Dataset
+    model: LanguageModel
+    optimizers: OptimizerSet
+    loader: Loader
+    validation: dict[str, list[Batch]]
+    step: int = 0
+    num_tokens_seen: int = 0
+    saved: Path | None = None
+    """Checkpoint of the current step, once there is one."""
+    warnings: list[str] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the run's state, by a name that is stable across code and layout."""
+        named: dict[str, Tensor] = {}
+        named |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        named |= {f"optim.{name}": t for name, t in self.optimizers.state_dict().items()}
+        named |= {f"data.{name}": torch.from_numpy(a) for name, a in self.loader.state().items()}
+        named["rng.cpu"] = torch.get_rng_state()
+        return named
+
+    def on_device(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, on the run's device."""
+        for batch in batches:
+            yield Batch(*(field.to(self.device) for field in batch))
+
+    def save(self) -> Path:
+        """Checkpoint the current step, unless that is done; see :mod:`trinity.ckpt.store`."""
+        if self.saved is not None:
+            return self.saved
+        meta = {
+            "step": self.step,
+            "num_tokens_seen": self.num_tokens_seen,
+            "config_sha256": self.config.sha256(),
+            "data_fingerprint": self.dataset.fingerprint,
+        }
+        self.saved = save_checkpoint(
+            self.directory,
+            self.step,
+            self.tensors(),
+            meta,
+            keep_last=self.config.checkpoint.keep_last,
+        )
+        return self.saved
+
+    def advance(self, num_tokens: int) -> None:
+        """Count a step that was taken."""
+        self.step += 1
+        self.num_tokens_seen += num_tokens
+        self.saved = None
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint that verifies."""
+        found, rejected = latest_checkpoint(self.directory)
+        self.warnings += rejected
+        if found is None:
+            return
+        self.optimizers.init_state()
+        tensors = self.tensors()
+        meta = load_checkpoint(found, tensors)
+        if meta["data_fingerprint"] != self.dataset.fingerprint:
+            raise CheckpointError(
+                f"{found}: saved with data fingerprint {meta['data_fingerprint']}, but the sources "
+                f"now give {self.dataset.fingerprint}; bring the old sources back or start anew"
+            )
+        self.model.load_state_dict(_with_prefix(tensors, "model."))
+        self.optimizers.load_state_dict(_with_prefix(tensors, "optim."))
+        self.loader.load_state(
+            {name: t.numpy() for name, t in _with_prefix(tensors, "data.").items()}
+        )
+        torch.set_rng_state(tensors["rng.cpu"])
+        self.step = int(meta["step"])
+        self.num_tokens_seen = int(meta["num_tokens_seen"])
+        self.saved = found
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def open_run(config: Config, directory: Path, *, resume: bool) -> Run:
+    """Build data, model and optimizers for ``directory``, and restore its state if asked to."""
+    device = choose_device(config.train.device)
+    clean_stale(directory)
+    torch.manual_seed(config.seed)
+    dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
+    model = LanguageModel.initialized(config.model, seed=config.seed).to(device)
+    apply_recompute(model.backbone.layers, config.train.recompute)
+    if config.train.compile:
+        for layer in model.backbone.layers:
+            layer.compile()
+    loader = Loader(
+        dataset,
+        config.data,
+        sequence_length=config.batch.sequence_length,
+        seed=config.seed,
+        rank=0,
+        world_size=1,
+    )
+    run = Run(
+        config=config,
+        directory=directory,
+        device=device,
+        dataset=dataset,
+        model=model,
+        optimizers=build_optimizers(model, config.optim),
+        loader=loader,
+        validation=held_out_rows(
+            dataset, config.batch.sequence_length, config.train.validation_rows
+        ),
+    )
+    if resume:
+        run.restore()
+    else:
+        dataset.tokenizer.save(directory / TOKENIZER_DIR)
+        _write_record(run)
+    return run
+
+
+def default_run_directory(config: Config) -> Path:
+    """``output_dir/name-DATE-TIME``."""
+    return Path(config.output_dir) / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def create_run_directory(directory: Path, config: Config) -> None:
+    """Make ``directory`` the home of a new run. Raises ConfigError if one lives there."""
+    if (directory / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{directory} already holds a run; continue it with --resume {directory} or choose "
+            "another directory"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot create the run directory: {error}") from None
+
+
+def read_run_config(directory: Path, overrides: list[str]) -> Config:
+    """The configuration a run was started with, plus overrides such as ``train.num_steps=500``."""
+    if not (directory / CONFIG_FILE).is_file():
+        raise ConfigError(f"{directory} is not a run directory: it has no {CONFIG_FILE}")
+    return load_config(directory / CONFIG_FILE, overrides)
+
+
+def _write_record(run: Run) -> None:
+    record: dict[str, Any] = {
+        "trinity": version("trinity-pretrain"),
+        "config_sha256": run.config.sha256(),
+        "data_fingerprint": run.dataset.fingerprint,
+        "sources": run.dataset.record(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": str(run.device),
+        "num_threads": torch.get_num_threads(),
+    }
+    (run.directory / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def replay_step(directory: Path, step: int) -> list[str]:
+    """The documents in each row of optimizer step ``step`` (counted from 0), as lines of text.
+
+    The data order is a pure function of fingerprint, seed and row, so nothing needs to have been
+    recorded. Raises ConfigError when the sources are no longer those of the run.
+    """
+    config = read_run_config(directory, [])
+    record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
+    dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
+    if dataset.fingerprint != record["data_fingerprint"]:
+        raise ConfigError(
+            f"{directory} was trained on data with fingerprint {record['data_fingerprint']}, the "
+            f"sources now give {dataset.fingerprint}; bring the old sources back"
+        )
+    loader = Loader(
+        dataset,
+        config.data,
+        sequence_length=config.batch.sequence_length,
+        seed=config.seed,
+        rank=0,
+        world_size=1,
+    )
+    first = rows_before_step(step, config.batch.rows_per_step, config.batch.ramp)
+    count = rows_at_step(step, config.batch.rows_per_step, config.batch.ramp)
+    return loader.describe_rows(first, count)
