@@ -260,7 +260,7 @@ def _weight_files(directory: Path) -> dict[str, str]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             entries = dict(weight_map.items())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a readable index: {error!r}") from None
         for tensor, file in entries.items():
             if not isinstance(file, str) or Path(file).name != file:

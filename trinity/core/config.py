@@ -20,6 +20,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+MAX_LAYERS = 10_000
+"""No model has more; a configuration that claims a billion must not be expanded first."""
 LayerType = Literal["sliding_attention", "full_attention"]
 
 
@@ -34,7 +36,7 @@ class ModelConfig(Table):
 
     vocab_size: Positive = Field(description="rows of the embedding and of the head")
     hidden_size: Positive = Field(description="model width D")
-    num_hidden_layers: Positive
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     num_dense_layers: NonNegative = Field(description="leading layers with a dense feed-forward")
     intermediate_size: Positive = Field(description="width of a dense feed-forward")
     num_attention_heads: Positive
@@ -65,6 +67,7 @@ class ModelConfig(Table):
         every = values.get("global_attn_every_n_layers", 4)
         num_layers = values.get("num_hidden_layers")
         if isinstance(every, int) and isinstance(num_layers, int) and every > 0:
+            num_layers = min(num_layers, MAX_LAYERS)
             kinds = [
                 "full_attention" if (i + 1) % every == 0 else "sliding_attention"
                 for i in range(num_layers)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from trinity.core.config import ModelConfig
 from trinity.nn.attention import KeyValueCache
 from trinity.nn.block import Block
-from trinity.nn.moe import RoutingStats
 from trinity.nn.norm import RMSNorm
 from trinity.nn.rope import rope_tables
 
@@ -50,18 +49,16 @@ class Backbone(nn.Module):
             x_BSD.device,
             start=first_position,
         )
-        all_stats: list[RoutingStats] = []
+        loads: list[Tensor] = []
+        balance_losses: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
-            x_BSD, stats = layer(x_BSD, rope, document_ids_BS, cache)
-            if stats is not None:
-                all_stats.append(stats)
+            x_BSD, load_E, balance_loss = layer(x_BSD, rope, document_ids_BS, cache)
+            if load_E is not None:
+                loads.append(load_E)
+                balance_losses.append(balance_loss)
         hidden_BSD = self.norm(x_BSD)
-        if not all_stats:
+        if not loads:
             empty = torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=x_BSD.device)
             return BackboneOutput(hidden_BSD, empty, torch.zeros((), device=x_BSD.device))
-        return BackboneOutput(
-            hidden_BSD,
-            torch.stack([stats.load_E for stats in all_stats]),
-            torch.stack([stats.balance_loss for stats in all_stats]).sum(),
-        )
+        return BackboneOutput(hidden_BSD, torch.stack(loads), torch.stack(balance_losses).sum())

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from trinity.core.config import ModelConfig
 from trinity.nn.attention import GatedAttention, KeyValueCache
 from trinity.nn.feedforward import SwiGLU
-from trinity.nn.moe import MoE, RoutingStats
+from trinity.nn.moe import MoE
 from trinity.nn.norm import RMSNorm
 
 
@@ -34,13 +34,16 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         document_ids_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> tuple[Tensor, RoutingStats | None]:
-        """(B, S, D) -> (B, S, D) and, for a layer with experts, its routing statistics."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, S, D) -> (B, S, D) and, for a layer with experts, load_E and balance loss.
+
+        The result is flat on purpose: reentrant recompute loses the gradient of anything nested.
+        """
         mixed_BSD = self.mixer(self.mixer_pre_norm(x_BSD), rope, document_ids_BS, cache)
         x_BSD = x_BSD + self.mixer_post_norm(mixed_BSD)
-        stats = None
+        load_E = balance_loss = None
         if isinstance(self.ffn, MoE):
-            out_BSD, stats = self.ffn(self.ffn_pre_norm(x_BSD))
+            out_BSD, load_E, balance_loss = self.ffn(self.ffn_pre_norm(x_BSD))
         else:
             out_BSD = self.ffn(self.ffn_pre_norm(x_BSD))
-        return x_BSD + self.ffn_post_norm(out_BSD), stats
+        return x_BSD + self.ffn_post_norm(out_BSD), load_E, balance_loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,6 @@ from trinity.core.config import ModelConfig
 from trinity.nn.balance import sequence_balance_loss
 from trinity.nn.feedforward import GroupedExperts, SwiGLU
 from trinity.nn.router import SigmoidRouter
-
-
-class RoutingStats(NamedTuple):
-    """What balancing needs to know of one layer's forward pass.
-
-    These are *returned*, never stored: a pass that is recomputed for the backward throws its own
-    copy away, so every token is counted exactly once under any recompute mode.
-    """
-
-    load_E: Tensor
-    """Tokens sent to each expert, int64."""
-    balance_loss: Tensor
-    """Sequence-wise balance loss summed over the rows, fp32 scalar."""
 
 
 class Dispatcher(Protocol):
@@ -68,21 +55,25 @@ class MoE(nn.Module):
         shared_size = config.moe_intermediate_size * config.num_shared_experts
         self.shared = SwiGLU(config.hidden_size, shared_size) if shared_size else None
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
-        """(B, S, D) -> (B, S, D) and the statistics of the routing."""
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, D) -> (B, S, D), and what balancing needs to know of this pass.
+
+        The second result is ``load_E``, the tokens sent to each expert, int64; the third is the
+        sequence-wise balance loss summed over the rows. They are *returned*, never stored: a pass
+        that is recomputed for the backward throws its own copy away, so every token counts
+        exactly once under any recompute mode.
+        """
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)
         routed_TD = self.dispatcher(self.experts, x_TD, routing.index_TK, routing.weight_TK)
         out_BSD = routed_TD.view_as(x_BSD)
         if self.shared is not None:
             out_BSD = out_BSD + self.shared(x_BSD)
+        load_E = torch.bincount(routing.index_TK.flatten(), minlength=self.num_experts)
         rows = x_BSD.shape[:2]
-        stats = RoutingStats(
-            load_E=torch.bincount(routing.index_TK.flatten(), minlength=self.num_experts),
-            balance_loss=sequence_balance_loss(
-                routing.scores_TE.unflatten(0, rows),
-                routing.index_TK.unflatten(0, rows),
-                self.num_experts,
-            ),
+        balance_loss = sequence_balance_loss(
+            routing.scores_TE.unflatten(0, rows),
+            routing.index_TK.unflatten(0, rows),
+            self.num_experts,
         )
-        return out_BSD, stats
+        return out_BSD, load_E, balance_loss
