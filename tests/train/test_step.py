@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from trinity.data.loader import Batch
-from trinity.optim.groups import build_optimizers
-from trinity.parallel.recompute import apply_recompute
 
 from trinity.core.config import Config
 from trinity.core.errors import TrainingError
 from trinity.core.load_config import load_config
+from trinity.data.loader import Batch
 from trinity.models.lm import LanguageModel
+from trinity.optim.groups import build_optimizers
+from trinity.parallel.recompute import apply_recompute
 from trinity.train.step import StepResult, train_step
 
 NUM_ROWS = 4

@@ -53,22 +53,17 @@ def shape() -> ModelConfig:
         moe_intermediate_size=128,
         route_scale=2.448,
         sliding_window=256,
+        max_position_embeddings=8192,
     )
 
 
 def hf_config(config: ModelConfig) -> AfmoeConfig:
     """The same shape for transformers."""
-    names = (
-        "vocab_size hidden_size num_hidden_layers num_dense_layers intermediate_size "
-        "num_attention_heads num_key_value_heads head_dim num_experts num_experts_per_tok "
-        "moe_intermediate_size num_shared_experts route_scale sliding_window rms_norm_eps "
-        "mup_enabled"
-    ).split()
-    values = {name: getattr(config, name) for name in names}
+    shared = set(AfmoeConfig().to_dict()) & set(ModelConfig.model_fields)
+    values = {name: getattr(config, name) for name in shared - {"layer_types"}}
     return AfmoeConfig(
         **values,
         layer_types=list(config.layer_types),
-        max_position_embeddings=8192,
         use_cache=False,
     )
 

@@ -111,11 +111,11 @@ class HFCheckpoint:
         self.layout: Layout = "fused" if fused else "per_expert"
         self._pieces = self._checked_pieces()
 
-    def tensor(self, our_name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """One tensor under our name, in the dtype it has on disk."""
-        found = self._pieces.get(our_name)
+        found = self._pieces.get(name)
         if found is None:
-            raise CheckpointError(f"{self.directory} holds nothing for {our_name}")
+            raise CheckpointError(f"{self.directory} holds nothing for {name}")
         if len(found) == 1 and found[0].expert is None:
             tensor = self._read(found[0].hf_name)
             return tensor.unflatten(1, (2, -1)) if found[0].is_fused else tensor

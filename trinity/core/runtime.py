@@ -40,14 +40,16 @@ def compute_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
+def autocast(
+    device: torch.device, precision: Precision
+) -> contextlib.AbstractContextManager[object]:
     """Mixed precision for a forward pass: bf16 products over fp32 parameters, or nothing."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def autocast_disabled(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def autocast_disabled(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Keep the dtypes inside exactly as they are, for arithmetic that must not be narrowed."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()

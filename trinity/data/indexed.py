@@ -32,6 +32,7 @@ DTYPE_CODES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 SIDECAR_FORMAT = 1
+Ints = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
 UINT16_MAX_VOCABULARY = 65_500
 """Megatron's own limit below which it stores uint16."""
 
@@ -131,6 +132,8 @@ class IndexedDocuments:
         lengths = np.frombuffer(index, np.int32, num_sequences, start)
         offsets = np.frombuffer(index, np.int64, num_sequences, start + 4 * num_sequences)
         documents = np.frombuffer(index, np.int64, num_documents, start + 12 * num_sequences)
+        if not _is_sound(lengths, documents, num_sequences):
+            raise self._damaged(idx_path(self.prefix), "lengths or documents out of range")
         first, last = documents[:-1], documents[1:]
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self.lengths = ends[last] - ends[first]
@@ -164,8 +167,8 @@ class IndexedDocuments:
         """Compare both files with the sidecar's SHA-256 and return the sidecar."""
         path = sidecar_path(self.prefix)
         try:
-            sidecar = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            sidecar = dict(json.loads(path.read_text(encoding="utf-8")).items())
+        except (OSError, ValueError, AttributeError) as error:
             raise DataError(f"{path} is missing or unreadable: {error}; {REMEDY}") from None
         for key, file in (
             ("bin_sha256", bin_path(self.prefix)),
@@ -189,6 +192,16 @@ class IndexedDocuments:
     @staticmethod
     def _damaged(path: Path, what: str) -> DataError:
         return DataError(f"{path} is damaged: it has {what}; {REMEDY}")
+
+
+def _is_sound(lengths: Ints, documents: Ints, num_sequences: int) -> bool:
+    """Whether an index could be true: a flipped bit must not lead outside the file."""
+    ends = (int(documents[0]), int(documents[-1])) if len(documents) else None
+    return (
+        ends == (0, num_sequences)
+        and not (lengths < 0).any()
+        and not (np.diff(documents) < 0).any()
+    )
 
 
 REMEDY = "delete the shard so that it is built again, or restore it"

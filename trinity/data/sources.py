@@ -113,11 +113,14 @@ def _read_text(source: SourceConfig, file: Path) -> str:
 def _rows(source: SourceConfig, file: Path, kind: str) -> Iterator[str]:
     """The text column of a JSONL or parquet file, streamed through Hugging Face datasets."""
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     datasets.disable_progress_bars()
     builder = "json" if kind == "jsonl" else "parquet"
-    stream = datasets.load_dataset(builder, data_files=[str(file)], split="train", streaming=True)
     try:
+        stream = datasets.load_dataset(
+            builder, data_files=[str(file)], split="train", streaming=True
+        )
         for number, row in enumerate(stream, start=1):
             text = row.get(source.text_key)
             if not isinstance(text, str):
@@ -127,7 +130,7 @@ def _rows(source: SourceConfig, file: Path, kind: str) -> Iterator[str]:
                     f"{sorted(row)}; set text_key"
                 )
             yield text
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ValueError, OSError, DatasetGenerationError) as error:
         raise DataError(
             f"data source {source.name!r}: {_where(file, kind)}: {error}; mend or remove it"
         ) from None

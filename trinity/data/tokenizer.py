@@ -149,7 +149,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
-    bos_id, eos_id = inner.token_to_id(BEGIN_OF_TEXT), inner.token_to_id(END_OF_TEXT)
+    bos_id, eos_id = (special_tokens().index(mark) for mark in (BEGIN_OF_TEXT, END_OF_TEXT))
     inner.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN_OF_TEXT} $A",
         pair=f"{BEGIN_OF_TEXT} $A {BEGIN_OF_TEXT} $B",

@@ -32,7 +32,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def exact_dtypes(x: Tensor) -> contextlib.AbstractContextManager[None]:
+def exact_dtypes(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """No autocast inside: a custom node casts once at its door and means what it says after."""
     return autocast_disabled(x.device)
 

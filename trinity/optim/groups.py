@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -108,7 +108,7 @@ class OptimizerSet:
     """Muon and AdamW behind one interface, with state addressed by parameter name."""
 
     def __init__(
-        self, named_parameters: dict[str, Tensor], rows: list[ParameterRow], config: OptimConfig
+        self, named_parameters: Mapping[str, Tensor], rows: list[ParameterRow], config: OptimConfig
     ) -> None:
         self._names = {parameter: name for name, parameter in named_parameters.items()}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}

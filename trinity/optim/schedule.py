@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -67,9 +68,8 @@ def rows_before_step(step: int, rows_per_step: int, ramp: Sequence[RampPoint]) -
     """Rows consumed by all steps before ``step``."""
     edges = [0, *(min(point.from_step, step) for point in ramp), step]
     rates = [rows_per_step, *(point.rows_per_step for point in ramp)]
-    return sum(
-        (end - start) * rate for start, end, rate in zip(edges, edges[1:], rates, strict=True)
-    )
+    spans = zip(pairwise(edges), rates, strict=True)
+    return sum((end - start) * rate for (start, end), rate in spans)
 
 
 @torch.no_grad()
