@@ -85,6 +85,9 @@ def convert(
     source: Annotated[Path, typer.Argument(help="run or Hugging Face directory", metavar="FROM")],
     target: Annotated[Path, typer.Argument(help="new Hugging Face directory", metavar="TO")],
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or keep what is there")] = "keep",
+    layout: Annotated[
+        str, typer.Option(help="per_expert, as released, or fused, as transformers holds it")
+    ] = "per_expert",
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="size of one file")] = 5.0,
 ) -> None:
     """Write a Hugging Face AfmoeForCausalLM directory from a run, or re-shard an existing one.
@@ -93,7 +96,9 @@ def convert(
     """
     from trinity.ckpt.convert import convert_to_hf
 
-    convert_to_hf(source, target, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9))
+    convert_to_hf(
+        source, target, dtype=dtype, layout=layout, max_shard_bytes=int(max_shard_gb * 1e9)
+    )
     typer.echo(f"wrote {target}")
 
 

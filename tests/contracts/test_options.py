@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trinity.ckpt.convert import convert_to_hf
 
+from trinity.ckpt.convert import convert_to_hf
 from trinity.core import config as tables
 from trinity.core.load_config import load_config
 from trinity.train.command import pretrain_command

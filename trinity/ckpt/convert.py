@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from trinity.ckpt.hf import export_hf, import_hf
+from trinity.ckpt.hf_names import Layout
 from trinity.ckpt.load import HF_CONFIG, RUN_CONFIG, RUN_TOKENIZER, usable_checkpoint
 from trinity.ckpt.store import load_tensors
 from trinity.core.errors import CheckpointError, ConfigError
@@ -16,7 +18,9 @@ from trinity.core.load_config import load_config
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def convert_to_hf(source: Path, target: Path, *, dtype: str, max_shard_bytes: int) -> None:
+def convert_to_hf(
+    source: Path, target: Path, *, dtype: str, max_shard_bytes: int, layout: str = "per_expert"
+) -> None:
     """Write ``target`` as an ``AfmoeForCausalLM`` directory.
 
     ``source`` is a run directory, of which the newest checkpoint that verifies is taken, or a
@@ -25,6 +29,8 @@ def convert_to_hf(source: Path, target: Path, *, dtype: str, max_shard_bytes: in
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    if layout not in get_args(Layout):
+        raise ConfigError(f"--layout {layout!r} is unknown; use {' or '.join(get_args(Layout))}")
     if (source / RUN_CONFIG).is_file():
         config = load_config(source / RUN_CONFIG).model
         checkpoint = usable_checkpoint(source)
@@ -49,4 +55,5 @@ def convert_to_hf(source: Path, target: Path, *, dtype: str, max_shard_bytes: in
         tokenizer_dir=tokenizer_dir,
         max_shard_bytes=max_shard_bytes,
         dtype=DTYPES[dtype],
+        layout=cast(Layout, layout),
     )

@@ -94,8 +94,10 @@ class Loader:
         ]
 
 
-def held_out_rows(dataset: Dataset, sequence_length: int, num_rows: int) -> dict[str, list[Batch]]:
-    """Fixed validation batches of each source that has held-out documents, one row each."""
+def held_out_rows(
+    dataset: Dataset, sequence_length: int, num_rows: int, *, batch_rows: int
+) -> dict[str, list[Batch]]:
+    """The same ``num_rows`` rows every time for each source that has held-out documents."""
     batches = {}
     for source in dataset.sources:
         if not source.held_out.lengths.any():
@@ -109,8 +111,10 @@ def held_out_rows(dataset: Dataset, sequence_length: int, num_rows: int) -> dict
             num_lanes=1,
             seed=0,
         )
+        rows = [planner.row(i) for i in range(num_rows)]
         batches[source.name] = [
-            read_rows([source.held_out], [planner.row(i)]) for i in range(num_rows)
+            read_rows([source.held_out], rows[i : i + batch_rows])
+            for i in range(0, num_rows, batch_rows)
         ]
     return batches
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trinity.ckpt.store import clean_stale, latest_checkpoint, load_checkpoint, save_checkpoint
 from trinity.core.config import Config
-from trinity.core.errors import CheckpointError, ConfigError
+from trinity.core.errors import CheckpointError, ConfigError, DataError
 from trinity.core.load_config import dump_config, load_config
 from trinity.core.runtime import choose_device
 from trinity.data.build import Dataset, build_dataset
@@ -92,9 +92,11 @@ class Run:
     def restore(self) -> None:
         """Continue from the newest checkpoint that verifies."""
         found, rejected = latest_checkpoint(self.directory)
-        self.warnings += rejected
+        if found is None and rejected:
+            raise CheckpointError(f"{self.directory} holds no usable checkpoint: {rejected[0]}")
         if found is None:
             return
+        self.warnings += rejected
         self.optimizers.init_state()
         tensors = self.tensors()
         meta = load_checkpoint(found, tensors)
@@ -112,6 +114,15 @@ class Run:
         self.step = int(meta["step"])
         self.num_tokens_seen = int(meta["num_tokens_seen"])
         self.saved = found
+        self._keep_config()
+
+    def _keep_config(self) -> None:
+        """Make the saved configuration the effective one; what held until now is kept beside it."""
+        path, text = self.directory / CONFIG_FILE, dump_config(self.config)
+        if path.read_text(encoding="utf-8") != text:
+            path.rename(self.directory / f"config.until-step-{self.step}.toml")
+            path.write_text(text, encoding="utf-8")
+        (self.directory / DONE_FILE).unlink(missing_ok=True)
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -137,6 +148,17 @@ def open_run(config: Config, directory: Path, *, resume: bool) -> Run:
         rank=0,
         world_size=1,
     )
+    validation = held_out_rows(
+        dataset,
+        config.batch.sequence_length,
+        config.train.validation_rows,
+        batch_rows=config.batch.microbatch_rows,
+    )
+    if config.train.validate_every_steps and not validation:
+        raise DataError(
+            "there is no held-out document to validate on; raise data.held_out_fraction, or set "
+            "train.validate_every_steps=0"
+        )
     run = Run(
         config=config,
         directory=directory,
@@ -145,9 +167,7 @@ def open_run(config: Config, directory: Path, *, resume: bool) -> Run:
         model=model,
         optimizers=build_optimizers(model, config.optim),
         loader=loader,
-        validation=held_out_rows(
-            dataset, config.batch.sequence_length, config.train.validation_rows
-        ),
+        validation=validation,
     )
     if resume:
         run.restore()

@@ -13,13 +13,25 @@ from trinity.data.tokenizer import Tokenizer
 from trinity.models.generate import generate, stream_tokens
 from trinity.train.run import Run
 
+SAMPLE_TEMPERATURE = 0.7
+SAMPLE_TOP_P = 0.95
+
 
 def sample_text(run: Run, max_new_tokens: int) -> str:
-    """Continue ``train.sample_prompt`` greedily with the run's model."""
+    """Continue ``train.sample_prompt`` with the run's model.
+
+    Sampled, not greedy: a short run's most likely text repeats itself.
+    """
     tokenizer = run.dataset.tokenizer
     prompt_BS = _encode(tokenizer, run.config.train.sample_prompt).to(run.device)
     tokens_BS = generate(
-        run.model, prompt_BS, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id
+        run.model,
+        prompt_BS,
+        max_new_tokens=max_new_tokens,
+        temperature=SAMPLE_TEMPERATURE,
+        top_p=SAMPLE_TOP_P,
+        eos_id=tokenizer.eos_id,
+        seed=run.config.seed,
     )
     return tokenizer.decode(tokens_BS[0].tolist())
 

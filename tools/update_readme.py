@@ -1,0 +1,61 @@
+"""Write measured numbers into the README, between its markers, from files under tools/bench/results.
+
+    make train | tee tools/bench/results/make_train.txt
+    python tools/bench/train_step.py --sequence 1024 --json tools/bench/results/train_step_1024.json
+    python tools/update_readme.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tools/bench/results"
+NUM_HEAD_LINES = 4
+
+
+def train_log() -> str:
+    """The beginning and the end of a recorded ``make train``."""
+    lines = (RESULTS / "make_train.txt").read_text(encoding="utf-8").rstrip().splitlines()
+    lines = [line.rstrip() for line in lines if re.match(r"step|validation|MaxVio|sample|run:", line)]
+    steps = [line for line in lines if line.startswith("step")]
+    rest = [line for line in lines if not line.startswith("step") and line != "sample:"]
+    shown = [*steps[:NUM_HEAD_LINES], "...", *steps[-2:], *rest]
+    return "```\n" + "\n".join(shown) + "\n```"
+
+
+def step_table() -> str:
+    """Ratios of CPU time, one column per sequence length."""
+    records = [
+        json.loads((RESULTS / f"train_step_{length}.json").read_text(encoding="utf-8"))
+        for length in (1024, 4096)
+    ]
+    heading = "| | " + " | ".join(
+        f"sequence {r['sequence']}: CPU ms | vs default | vs best" for r in records
+    )
+    lines = [heading + " |", "| --- " * 7 + "|"]
+    for rows in zip(*(record["rows"] for record in records), strict=True):
+        cells = " | ".join(
+            f"{row['cpu_ms']:.0f} | {row['vs_default']:.2f} | {row['vs_best']:.2f}" for row in rows
+        )
+        lines.append(f"| {rows[0]['candidate']} | {cells} |")
+    versions = f"torch {records[0]['torch']}, transformers {records[0]['transformers']}"
+    return "\n".join(lines) + f"\n\nMeasured with {versions}; higher ratios are faster."
+
+
+def main() -> None:
+    """Replace every marked section."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name, section in (("make train", train_log()), ("train_step", step_table())):
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{section}\n{end}{after}"
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
