@@ -1,8 +1,8 @@
-"""Write measured numbers into the README, between its markers, from files under tools/bench/results.
+"""Write measured numbers from ``tools/bench/results`` into the README, between its markers.
 
-    make train | tee tools/bench/results/make_train.txt
-    python tools/bench/train_step.py --sequence 1024 --json tools/bench/results/train_step_1024.json
-    python tools/update_readme.py
+make train | tee tools/bench/results/make_train.txt
+python tools/bench/train_step.py --sequence 1024 --json tools/bench/results/train_step_1024.json
+python tools/update_readme.py
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ NUM_HEAD_LINES = 4
 def train_log() -> str:
     """The beginning and the end of a recorded ``make train``."""
     lines = (RESULTS / "make_train.txt").read_text(encoding="utf-8").rstrip().splitlines()
-    lines = [line.rstrip() for line in lines if re.match(r"step|validation|MaxVio|sample|run:", line)]
+    lines = [line.rstrip() for line in lines if re.match(r"step|validation|MaxVio|run:", line)]
     steps = [line for line in lines if line.startswith("step")]
-    rest = [line for line in lines if not line.startswith("step") and line != "sample:"]
+    rest = [line for line in lines if not line.startswith("step")]
     shown = [*steps[:NUM_HEAD_LINES], "...", *steps[-2:], *rest]
     return "```\n" + "\n".join(shown) + "\n```"
 

@@ -85,12 +85,14 @@ def render_table(rows: list[ParameterRow]) -> Table:
     """The table for people: layers and experts of equal treatment share a line."""
     groups: dict[tuple[str, ...], list[ParameterRow]] = {}
     for row in rows:
-        pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
+        parts = row.name.removeprefix("backbone.").split(".")
+        pattern = ".".join("*" if part.isdigit() else part for part in parts)
         shape = "x".join(str(size) for size in row.shape)
         groups.setdefault((pattern, shape, row.optimizer), []).append(row)
     table = Table(title="parameters")
     for heading in ("name", "shape", "tensors", "parameters", "optimizer", "peak lr", "decay"):
-        table.add_column(heading, justify="left" if heading == "name" else "right")
+        justify = "left" if heading == "name" else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
     for (pattern, shape, optimizer), members in groups.items():
         table.add_row(
             pattern,
@@ -110,6 +112,8 @@ class OptimizerSet:
     def __init__(
         self, named_parameters: Mapping[str, Tensor], rows: list[ParameterRow], config: OptimConfig
     ) -> None:
+        self.rows = rows
+        """The parameter table."""
         self._names = {parameter: name for name, parameter in named_parameters.items()}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         muon = [named_parameters[row.name] for row in rows if row.optimizer == "muon"]

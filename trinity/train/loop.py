@@ -10,6 +10,7 @@ from trinity.core.runtime import StopSignal, peak_flops, set_threads
 from trinity.data.loader import Batch
 from trinity.models.flops import train_flops_per_token
 from trinity.nn.balance import max_violation
+from trinity.optim.groups import render_table
 from trinity.optim.schedule import lr_factor, rows_at_step
 from trinity.train.evaluate import validation_loss
 from trinity.train.metrics import MetricsWriter, Reporter
@@ -33,6 +34,8 @@ def pretrain(config: Config, directory: Path, *, resume: bool = False) -> Run:
     with StopSignal().installed() as stop, writer, reporter, profiler as trace:
         for warning in run.warnings:
             reporter.say(f"warning: {warning}")
+        if run.step == 0:
+            reporter.show(render_table(run.optimizers.rows))
         if run.step == 0 and config.train.validate_every_steps:
             _validate(run, writer, reporter)
         while run.step < last_step and not stop:

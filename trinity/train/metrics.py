@@ -10,10 +10,12 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from trinity.core.errors import TrainingError
 
 METRICS_FILE = "metrics.jsonl"
+PLAIN_TABLE_WIDTH = 120
 
 
 class MetricsWriter:
@@ -120,6 +122,11 @@ class Reporter:
             self._progress.update(self._task, completed=step, status=status)
         elif step % self._plain_every == 0 or step in (1, self._num_steps):
             self.console.print(f"step {step:>6}/{self._num_steps}  {status}", markup=False)
+
+    def show(self, table: Table) -> None:
+        """Print a table, as wide as it needs to be."""
+        width = None if self.console.is_terminal else PLAIN_TABLE_WIDTH
+        self.console.print(table, soft_wrap=False, width=width)
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
