@@ -15,7 +15,8 @@ from rich.table import Table
 from trinity.core.errors import TrainingError
 
 METRICS_FILE = "metrics.jsonl"
-PLAIN_TABLE_WIDTH = 120
+PLAIN_WIDTH = 120
+"""Columns where there is no terminal to ask."""
 
 
 class MetricsWriter:
@@ -92,7 +93,9 @@ class Reporter:
     def __init__(self, *, num_steps: int, start_step: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
-        if self.console.is_terminal:
+        if not self.console.is_terminal:
+            self.console.width = PLAIN_WIDTH
+        else:
             self._progress = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -125,8 +128,7 @@ class Reporter:
 
     def show(self, table: Table) -> None:
         """Print a table, as wide as it needs to be."""
-        width = None if self.console.is_terminal else PLAIN_TABLE_WIDTH
-        self.console.print(table, soft_wrap=False, width=width)
+        self.console.print(table, soft_wrap=False)
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
