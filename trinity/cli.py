@@ -145,6 +145,9 @@ def main() -> None:
     # Nothing here ever needs a hub: a slow or absent network must not delay or fail a run.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Threads that wait spin this long before they sleep. The default, fifteen times as long, makes
+    # a step several times slower as soon as another process wants one of the cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         app()
     except TrinityError as error:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,80 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000003"]
 
 
+def test_a_step_of_nine_digits_is_newer_than_one_of_eight(tmp_path: Path) -> None:
+    older, newer = (
+        save_checkpoint(tmp_path, step, _tensors(), {}, keep_last=2)
+        for step in (99_999_999, 100_000_000)
+    )
+    (tmp_path / "checkpoints/step-notes").mkdir()
+    assert list_checkpoints(tmp_path) == [newer, older]
+    assert latest_checkpoint(tmp_path) == (newer, [])
+
+
+def test_a_save_beside_a_damaged_newer_one_is_not_taken_for_old(tmp_path: Path) -> None:
+    """After a resume that passed over a damaged step 12, a save of step 10 must survive."""
+    for step in (8, 12):
+        newest = save_checkpoint(tmp_path, step, _tensors(step), {}, keep_last=2)
+    _flip(_shard(newest))
+    saved = save_checkpoint(tmp_path, 10, _tensors(10), {"step": 10}, keep_last=1)
+    assert list_checkpoints(tmp_path) == [newest, saved]
+    assert latest_checkpoint(tmp_path)[0] == saved
+    again = save_checkpoint(tmp_path, 12, _tensors(3), {"step": 12}, keep_last=1)
+    assert list_checkpoints(tmp_path) == [again]
+    loaded = _empty()
+    assert load_checkpoint(again, loaded) == {"step": 12}
+    assert torch.equal(loaded["model.weight"], _tensors(3)["model.weight"])
+    assert sorted(p.name for p in again.parent.iterdir()) == ["latest", again.name]
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_a_crash_while_the_same_step_is_replaced_loses_nothing(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Stop dead at each rename of a save of a step that exists, then start again."""
+    calls = []
+
+    def die(name: str) -> Callable[..., None]:
+        real = getattr(os, name)
+
+        def maybe(source: Path, target: Path) -> None:
+            ours = Path(target).parent.name == "checkpoints"  # DCP renames a file of its own
+            calls.extend([name] * ours)
+            if ours and len(calls) > call:  # everything after the crash is left undone as well
+                raise KeyboardInterrupt
+            real(source, target)
+
+        return maybe
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, die(name))
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, _tensors(5), {"step": 2}, keep_last=1)
+    clean_stale(tmp_path)
+    found, rejected = latest_checkpoint(tmp_path)
+    assert (found, rejected) == (saved, [])
+    loaded = _empty()
+    assert load_checkpoint(saved, loaded) == {"step": 2}
+    expected = _tensors(5 if call == 2 else 2)  # the third is `latest`: the new one is in place
+    assert torch.equal(loaded["model.weight"], expected["model.weight"])
+
+
+def test_an_interrupt_while_saving_stays_an_interrupt(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DCP wraps Ctrl-C; it must not be told as a full disk."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 3, _tensors(), {}, keep_last=1)
+    assert latest_checkpoint(tmp_path)[0] == saved
+    assert not list((tmp_path / "checkpoints").glob("tmp-*"))
+
+
 def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
@@ -98,12 +173,35 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing metadata": (lambda d: (d / METADATA_FILE).unlink(), "is missing"),
     "foreign file": (lambda d: (d / "extra.bin").write_text("x"), "extra.bin is not in"),
     "no manifest": (lambda d: (d / MANIFEST_FILE).unlink(), "has no manifest"),
-    "garbled manifest": (lambda d: (d / MANIFEST_FILE).write_text("{"), "not a readable manifest"),
+    "garbled manifest": (lambda d: (d / MANIFEST_FILE).write_text("{"), "not readable JSON"),
+    "nested bomb": (lambda d: (d / MANIFEST_FILE).write_text("[" * 200_000), "not readable JSON"),
+    "manifest is a pipe": (
+        lambda d: ((d / MANIFEST_FILE).unlink(), os.mkfifo(d / MANIFEST_FILE)),
+        "not a plain file",
+    ),
+    "manifest names a path": (
+        lambda d: _edit_manifest(d, lambda m: m["files"].update({"../x": {}})),
+        "not a plain file name",
+    ),
+    "manifest of another format": (
+        lambda d: _edit_manifest(d, lambda m: m.update(format=9)),
+        "has format 9",
+    ),
+    "manifest without hashes": (
+        lambda d: _edit_manifest(d, lambda m: m["files"].update({"state.json": {"size": 1}})),
+        "lacks size or sha256",
+    ),
     "shard is a link": (
         lambda d: (_shard(d).rename(d.parent / "moved"), _shard_link(d)),
         "not a plain file",
     ),
 }
+
+
+def _edit_manifest(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((directory / MANIFEST_FILE).read_text())
+    edit(manifest)
+    (directory / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
 def _shard_link(directory: Path) -> None:
@@ -171,6 +269,61 @@ def test_metadata_of_other_kinds_is_refused(saved: Path, tmp_path: Path, kind: s
     assert not evidence.exists()
 
 
+def _enlarge(metadata: Any) -> None:
+    entry = metadata.state_dict_metadata["model.weight"]
+    entry.size = entry.chunks[0].sizes = torch.Size((1 << 30, 1 << 12))
+
+
+def _make_hole(metadata: Any) -> None:
+    metadata.state_dict_metadata["model.weight"].chunks = []
+
+
+def _move_part(metadata: Any) -> None:
+    metadata.state_dict_metadata["model.weight"].chunks[0].offsets = torch.Size((1, 0))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [(_enlarge, "bytes of tensors"), (_make_hole, "do not make up"), (_move_part, "do not make")],
+)
+def test_sizes_that_the_files_do_not_back_are_refused(
+    saved: Path, tamper: Callable[[Any], None], message: str
+) -> None:
+    """Neither memory without end nor memory that nothing was written to."""
+    metadata = pickle.loads((saved / METADATA_FILE).read_bytes())
+    tamper(metadata)
+    (saved / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    _rewrite_manifest(saved)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(saved, _empty())
+    with pytest.raises(CheckpointError, match=message):
+        load_tensors(saved, ["model.weight"])
+
+
+def test_hostile_pickle_in_a_shard_is_refused_and_not_executed(saved: Path, tmp_path: Path) -> None:
+    evidence, shard = tmp_path / "executed", _shard(saved)
+    shard.write_bytes(pickle.dumps(_Payload(evidence)).ljust(shard.stat().st_size, b"\0"))
+    _rewrite_manifest(saved)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(saved, _empty())
+    assert not evidence.exists()
+
+
+@pytest.mark.parametrize("text", ["[1]", "[" * 200_000, "{"])
+def test_state_that_is_no_object_is_refused(saved: Path, text: str) -> None:
+    (saved / "state.json").write_text(text)
+    _rewrite_manifest(saved)
+    untouched = _empty()
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        load_checkpoint(saved, untouched)
+    assert all(int(t.count_nonzero()) == 0 for t in untouched.values())
+
+
+def test_tensors_that_are_absent_are_named(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"lacks model\.none"):
+        load_tensors(saved, ["model.weight", "model.none"])
+
+
 def test_another_models_checkpoint_is_refused_by_name(saved: Path) -> None:
     for change, message in (
         ({"model.more": torch.zeros(2)}, "lacks model.more"),
@@ -203,6 +356,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(saved: Path, tmp_path: Path
     )
     assert done.returncode == CheckpointError.exit_code, done.stderr
     assert "could not save step 3" in done.stdout
+    assert "not be written in full" in done.stdout
     assert "Earlier checkpoints are intact" in done.stdout
     assert list_checkpoints(tmp_path)[0] == saved
     assert not list((tmp_path / "checkpoints").glob("tmp-*"))

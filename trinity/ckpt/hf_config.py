@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from trinity.ckpt.manifest import read_json, write_synced
 from trinity.core.config import ModelConfig
 from trinity.core.errors import CheckpointError
 
@@ -42,12 +44,17 @@ ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "route_norm": (True,),
     "n_group": (1, None),
     "topk_group": (1, None),
+    "num_expert_groups": (1, None),
+    "num_limited_groups": (1, None),
     "tie_word_embeddings": (False,),
     "attention_bias": (False,),
     "attention_dropout": (0, 0.0),
     "hidden_act": ("silu",),
     "rope_scaling": (None,),
+    "quantization_config": (None,),
 }
+MAX_DIMENSION = 1 << 40
+"""Of any number in the shape: products of a few stay within what torch can describe."""
 
 
 def read_hf_config(directory: Path) -> ModelConfig:
@@ -57,7 +64,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
     CheckpointError naming a key that is missing or has a value that is not supported.
     """
     path = directory / CONFIG_FILE
-    values = _read_json(path)
+    values = read_json(path, max_bytes=MAX_CONFIG_BYTES)
     if values.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{path}: model_type is {values.get('model_type')!r}; only {MODEL_TYPE!r} is supported"
@@ -68,8 +75,12 @@ def read_hf_config(directory: Path) -> ModelConfig:
     for key, supported in ONLY_SUPPORTED.items():
         if key in values and values[key] not in supported:
             raise CheckpointError(
-                f"{path}: {key}={values[key]!r} is not supported, only {supported[0]!r}"
+                f"{path}: {key}={values[key]!r} is not supported, only {supported[0]!r}; this "
+                "model would compute something else, convert it with its own tools first"
             )
+    for key in REQUIRED_KEYS:
+        if isinstance(values[key], int) and values[key] > MAX_DIMENSION:
+            raise CheckpointError(f"{path}: {key}={values[key]} is beyond any model; refused")
     taken = {key: values[key] for key in REQUIRED_KEYS}
     taken |= {key: values[key] for key in OPTIONAL_KEYS if values.get(key) is not None}
     try:
@@ -81,12 +92,12 @@ def read_hf_config(directory: Path) -> ModelConfig:
 
 
 def write_hf_config(
-    directory: Path, config: ModelConfig, *, dtype: str, bos: int, eos: int
+    directory: Path, config: ModelConfig, *, dtype: str, bos: int | None, eos: int | None
 ) -> None:
     """Write ``config.json`` and ``generation_config.json`` with every key that any reader wants.
 
     Older readers take score_func, route_norm and rope_theta as attributes, newer ones
-    rope_parameters; both are there.
+    rope_parameters; both are there. ``bos`` and ``eos`` are None without a tokenizer.
     """
     values = {
         "architectures": ["AfmoeForCausalLM"],
@@ -120,29 +131,34 @@ def write_hf_config(
 
 
 def _rope_theta(path: Path, values: dict[str, Any]) -> float:
+    """The rotary base, from the new key, the legacy one, or both when they agree."""
     parameters = values.get("rope_parameters") or {}
-    kind = parameters.get("rope_type", "default")
-    if kind != "default":
-        raise CheckpointError(f"{path}: rope_type={kind!r} is not supported, only 'default'")
-    theta = parameters.get("rope_theta", values.get("rope_theta"))
-    if theta is None:
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"{path}: rope_parameters={parameters!r} is not an object")
+    for key in ("rope_type", "type"):
+        if (kind := parameters.get(key, "default")) != "default":
+            raise CheckpointError(f"{path}: {key}={kind!r} is not supported, only 'default'")
+    if more := sorted(parameters.keys() - {"rope_theta", "rope_type", "type"}):
+        raise CheckpointError(
+            f"{path}: rope_parameters.{more[0]}={parameters[more[0]]!r} is not supported; only a "
+            "plain rope_theta is"
+        )
+    found: set[float] = set()
+    for theta in (parameters.get("rope_theta"), values.get("rope_theta")):
+        if theta is None:
+            continue
+        if type(theta) not in (int, float) or not 0 < theta < math.inf:
+            raise CheckpointError(f"{path}: rope_theta={theta!r} is not a positive number")
+        found.add(theta)
+    if not found:
         raise CheckpointError(f"{path}: key rope_theta is missing; the released models have 10000")
-    return theta
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; refused")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a Hugging Face directory has one") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not an object")
-    return values
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path}: rope_theta={values['rope_theta']} contradicts rope_parameters.rope_theta="
+            f"{parameters['rope_theta']}; keep the one the model was trained with"
+        )
+    return found.pop()
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_synced(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

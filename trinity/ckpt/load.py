@@ -42,7 +42,14 @@ def load_run_model(run_dir: Path) -> LanguageModel:
     model = LanguageModel.on_meta(config.model).to_empty(device="cpu")
     names = [f"model.{name}" for name in model.state_dict()]
     tensors = load_tensors(usable_checkpoint(run_dir), names)
-    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()})
+    for name, tensor in model.state_dict().items():
+        stored = tensors[f"model.{name}"]
+        if stored.shape != tensor.shape:
+            raise CheckpointError(
+                f"{run_dir}: {name} has shape {tuple(stored.shape)} in the checkpoint but "
+                f"{tuple(tensor.shape)} by {RUN_CONFIG}; restore the run's own {RUN_CONFIG}"
+            )
+        tensor.copy_(stored)
     return model.eval()
 
 
