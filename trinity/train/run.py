@@ -140,14 +140,6 @@ def open_run(config: Config, directory: Path, *, resume: bool) -> Run:
     if config.train.compile:
         for layer in model.backbone.layers:
             layer.compile()
-    loader = Loader(
-        dataset,
-        config.data,
-        sequence_length=config.batch.sequence_length,
-        seed=config.seed,
-        rank=0,
-        world_size=1,
-    )
     validation = held_out_rows(
         dataset,
         config.batch.sequence_length,
@@ -166,7 +158,7 @@ def open_run(config: Config, directory: Path, *, resume: bool) -> Run:
         dataset=dataset,
         model=model,
         optimizers=build_optimizers(model, config.optim),
-        loader=loader,
+        loader=_make_loader(config, dataset),
         validation=validation,
     )
     if resume:
@@ -175,6 +167,17 @@ def open_run(config: Config, directory: Path, *, resume: bool) -> Run:
         dataset.tokenizer.save(directory / TOKENIZER_DIR)
         _write_record(run)
     return run
+
+
+def _make_loader(config: Config, dataset: Dataset) -> Loader:
+    return Loader(
+        dataset,
+        config.data,
+        sequence_length=config.batch.sequence_length,
+        seed=config.seed,
+        rank=0,
+        world_size=1,
+    )
 
 
 def default_run_directory(config: Config) -> Path:
@@ -232,14 +235,7 @@ def replay_step(directory: Path, step: int) -> list[str]:
             f"{directory} was trained on data with fingerprint {record['data_fingerprint']}, the "
             f"sources now give {dataset.fingerprint}; bring the old sources back"
         )
-    loader = Loader(
-        dataset,
-        config.data,
-        sequence_length=config.batch.sequence_length,
-        seed=config.seed,
-        rank=0,
-        world_size=1,
-    )
+    loader = _make_loader(config, dataset)
     first = rows_before_step(step, config.batch.rows_per_step, config.batch.ramp)
     count = rows_at_step(step, config.batch.rows_per_step, config.batch.ramp)
     return loader.describe_rows(first, count)

@@ -64,17 +64,22 @@ def train_step(
     return result
 
 
-def _backward(
-    model: LanguageModel, batch: Batch, config: Config, num_valid_tokens: int, num_rows: int
-) -> LMLoss:
+def microbatch_loss(model: LanguageModel, batch: Batch, config: Config) -> LMLoss:
+    """The model's loss sums on one batch, in the precision and with the masks of the run."""
     with autocast(batch.tokens_BS.device, config.train.precision):
-        loss = model.loss(
+        return model.loss(
             batch.tokens_BS,
             batch.targets_BS,
             batch.document_ids_BS if config.data.mask_documents else None,
             z_loss=config.loss.z_loss,
             chunk_rows=config.loss.chunk_rows,
         )
+
+
+def _backward(
+    model: LanguageModel, batch: Batch, config: Config, num_valid_tokens: int, num_rows: int
+) -> LMLoss:
+    loss = microbatch_loss(model, batch, config)
     objective = loss.total / num_valid_tokens
     if config.balance.sequence_loss:
         objective = objective + config.balance.sequence_loss * loss.balance_loss / num_rows
