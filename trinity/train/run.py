@@ -136,10 +136,10 @@ def open_run(config: Config, directory: Path, *, resume: bool) -> Run:
     torch.manual_seed(config.seed)
     dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
     model = LanguageModel.initialized(config.model, seed=config.seed).to(device)
-    apply_recompute(model.backbone.layers, config.train.recompute)
-    if config.train.compile:
+    if config.train.compile:  # before recompute, which would hide the blocks from the compiler
         for layer in model.backbone.layers:
-            layer.compile()
+            layer.forward = torch.compile(layer.forward)
+    apply_recompute(model.backbone.layers, config.train.recompute)
     validation = held_out_rows(
         dataset,
         config.batch.sequence_length,
