@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
 from trinity.ckpt.hf import hf_state_dict
@@ -68,7 +71,22 @@ def _pair(config: ModelConfig, experts: str) -> tuple[LanguageModel, AfmoeForCau
 
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    ours, theirs = ours.detach(), theirs.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+
+
+class _Ops(TorchDispatchMode):
+    """Remembers which operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
 
 
 VARIANTS = [
@@ -86,7 +104,10 @@ def test_logits_and_every_gradient(changes: dict[str, object], experts: str) -> 
     config = _config(**changes)
     model, peer = _pair(config, experts)
     tokens_BS = torch.randint(0, config.vocab_size, (2, 33))
-    theirs = peer(input_ids=tokens_BS, labels=tokens_BS)
+    with _Ops() as ops:
+        theirs = peer(input_ids=tokens_BS, labels=tokens_BS)
+    # The peer really took the path this case is about.
+    assert (torch.ops.aten._grouped_mm.default in ops.seen) == (experts == "grouped_mm")
     logits_BSV = model(tokens_BS)
     assert _relative(logits_BSV, theirs.logits) < TOLERANCE
     theirs.loss.backward()
@@ -114,17 +135,35 @@ def test_logits_and_every_gradient(changes: dict[str, object], experts: str) -> 
 
 
 def test_the_comparison_notices_a_wrong_model() -> None:
-    """A forgotten embedding scale, gate weight or norm must not slip through the tolerance."""
+    """Small changes in places that no shape check reaches must not slip through the tolerance."""
     model, peer = _pair(_config(), "eager")
     tokens_BS = torch.randint(0, 131, (1, 20))
     theirs = peer(input_ids=tokens_BS).logits
-    with torch.no_grad():
-        model.backbone.layers[2].mixer.gate_proj.weight.mul_(1.01)
-        assert _relative(model(tokens_BS), theirs) > 10 * TOLERANCE
+    layer = model.backbone.layers[2]
+    for tensor, factor in (
+        (layer.mixer.gate_proj.weight, 1.01),
+        (layer.mixer.q_norm.weight, 1.01),
+        (layer.mixer_post_norm.weight, 1.01),
+        (layer.ffn.router.weight, 1.01),
+        (layer.ffn.router.expert_bias, 0.0),
+        (layer.ffn.experts.gate_up, 1.01),
+        (layer.ffn.shared.up_proj.weight, 1.01),
+    ):
+        before = tensor.detach().clone()
+        with torch.no_grad():
+            tensor.mul_(factor)
+            assert _relative(model(tokens_BS), theirs) > 10 * TOLERANCE
+            tensor.copy_(before)
+    assert _relative(model(tokens_BS), theirs) < TOLERANCE
+    for changes in ({"mup_enabled": False}, {"sliding_window": 8}, {"route_scale": 2.45}):
+        other = LanguageModel.on_meta(_config(**changes)).to_empty(device="cpu")
+        other.load_state_dict(model.state_dict())
+        assert _relative(other(tokens_BS), theirs) > 10 * TOLERANCE, changes
 
 
-def test_greedy_generation_is_token_equal_over_64_tokens() -> None:
-    model, peer = _pair(_config(), "eager")
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_greedy_generation_is_token_equal_over_64_tokens(experts: str) -> None:
+    model, peer = _pair(_config(), experts)
     prompt_BS = torch.randint(0, 131, (2, 11))
     theirs = peer.generate(
         prompt_BS, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None
@@ -132,3 +171,4 @@ def test_greedy_generation_is_token_equal_over_64_tokens() -> None:
     ours = generate(model, prompt_BS, max_new_tokens=64)
     assert ours.shape == (2, 75)
     assert torch.equal(ours, theirs)
+    assert len(ours[:, 11:].unique()) > 20  # not one token over and over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from trinity.core.errors import ConfigError
 from trinity.models.lm import LanguageModel
 from trinity.ops.attention import causal_attention
+from trinity.ops.common import not_traced
 
 GROWTH_TOKENS = 256
 """A full cache grows by at least this much, so that decoding rarely copies it."""
@@ -24,6 +26,7 @@ class FullCache:
         self._values: Tensor | None = None
         self.num_tokens = 0
 
+    @not_traced  # its counter differs at every call: a compiled block would be compiled anew
     def attend(self, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
         """Append and attend; the S new tokens see all earlier ones and each other causally."""
         num_new = k_BGSd.shape[2]
@@ -59,6 +62,7 @@ class WindowCache:
         self._values: Tensor | None = None
         self.num_tokens = 0
 
+    @not_traced  # its counter differs at every call: a compiled block would be compiled anew
     def attend(self, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
         """Append and attend; each new token sees ``window`` keys, itself included."""
         num_past = min(self.num_tokens, self.window)
@@ -131,9 +135,11 @@ def stream_tokens(
 
     ``temperature`` 0 is greedy. ``top_k`` keeps the k likeliest tokens, ``top_p`` the smallest set
     with that much probability. A row that has produced ``eos_id`` goes on with it. Raises
-    ConfigError for a prompt that is empty or not in the vocabulary, and for bad sampling settings.
+    ConfigError, when the first token is asked for, for a prompt that is empty or not in the
+    vocabulary, and for bad settings.
     """
-    _check_request(model, prompt_BS, temperature, top_k, top_p)
+    _check_prompt(prompt_BS, model.config.vocab_size)
+    _check_settings(max_new_tokens, temperature, top_k, top_p)
     generator = torch.Generator(device=prompt_BS.device).manual_seed(seed)
     caches = make_caches(model)
     tokens_BS, position = prompt_BS, 0
@@ -177,23 +183,32 @@ def generate(
     return torch.cat([prompt_BS, *(token_B[:, None] for token_B in new)], dim=1)
 
 
-def _check_request(
-    model: LanguageModel,
-    prompt_BS: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
+def _check_prompt(prompt_BS: Tensor, vocab_size: int) -> None:
+    if prompt_BS.ndim != 2:
+        raise ConfigError(
+            f"the prompt has shape {tuple(prompt_BS.shape)}, not (rows, tokens); a single row is "
+            "prompt[None]"
+        )
     if prompt_BS.numel() == 0:
         raise ConfigError("the prompt is empty; give at least one token")
-    highest = int(prompt_BS.max())
-    if highest >= model.config.vocab_size or int(prompt_BS.min()) < 0:
+    for token in (int(prompt_BS.min()), int(prompt_BS.max())):
+        if not 0 <= token < vocab_size:
+            raise ConfigError(
+                f"the prompt holds token {token}, the model has 0..{vocab_size - 1}; is the "
+                "tokenizer another model's?"
+            )
+
+
+def _check_settings(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} is negative; give 0 or more")
+    if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigError(
-            f"the prompt holds token {highest}, the model has {model.config.vocab_size}; is the "
-            "tokenizer another model's?"
+            f"temperature={temperature} must be finite and not negative; 0 is greedy, 1 is as "
+            "trained"
         )
-    if temperature < 0:
-        raise ConfigError(f"temperature={temperature} is negative; 0 is greedy, 1 is as trained")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k={top_k} must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
