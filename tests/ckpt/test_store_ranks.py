@@ -17,8 +17,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.multiprocessing.spawn import ProcessException
 from torch.multiprocessing.spawn import start_processes as start
 
+from trinity.ckpt import store
 from trinity.ckpt.store import (
+    VerifiedCheckpoint,
     clean_stale,
+    find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -49,8 +52,8 @@ def _tensors(rank: int, world_size: int, *, dim: int = 0, scale: float = 1) -> d
 
 def _enter(rank: int, world_size: int, work: Callable[..., None], run_dir: Path) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(run_dir / f"store-{work.__name__}-{world_size}"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    meeting = dist.FileStore(str(run_dir / f"store-{work.__name__}-{world_size}"), world_size)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world_size)
     try:
         work(rank, world_size, run_dir)
     finally:
@@ -150,6 +153,29 @@ def test_damage_that_one_rank_finds_is_an_error_on_all(saved: Path, file: str) -
     data[len(data) // 2] ^= 1
     (path / file).write_bytes(data)
     _on_ranks(2, _reject, saved)
+
+
+def _load_what_one_rank_sees_changed(rank: int, world_size: int, run_dir: Path) -> None:
+    passes: list[Path] = []
+    real = store.verify_manifest
+
+    def verify(directory: Path, **options: int) -> None:
+        passes.append(directory)
+        real(directory, **options)
+
+    store.verify_manifest = verify
+    found, _ = find_checkpoint(run_dir)
+    assert found is not None
+    tensors = _tensors(rank, world_size, scale=0)
+    load_checkpoint(found, tensors)  # type: ignore[arg-type]
+    assert passes == [found.path]
+    seen = VerifiedCheckpoint(found.path, None) if rank == 1 else found
+    load_checkpoint(seen, tensors)  # type: ignore[arg-type]
+    assert passes == [found.path] * 2
+
+
+def test_a_change_that_one_rank_sees_makes_all_verify_anew(saved: Path) -> None:
+    _on_ranks(2, _load_what_one_rank_sees_changed, saved)
 
 
 def _want_more(rank: int, world_size: int, run_dir: Path) -> None:

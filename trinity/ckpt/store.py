@@ -18,26 +18,30 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trinity.ckpt.manifest import (
     describe_files,
     read_json,
+    seal_of,
     sync_directory,
     verify_manifest,
     write_manifest,
     write_synced,
 )
+from trinity.ckpt.ranks import cause_of, gather, rank, reason_of, together, world_size
+from trinity.ckpt.retention import expired_steps
 from trinity.ckpt.safe_reader import SafeReader
 from trinity.core.errors import CheckpointError
 
@@ -48,8 +52,8 @@ STEP_PREFIX = "step-"
 TEMPORARY_PREFIX = "tmp-"
 REPLACED_PREFIX = "replaced-"
 ANOTHER = "resume from another checkpoint"
-
-T = TypeVar("T")
+COPY_AHEAD_BYTES = 10 << 20
+"""Copied from the GPU while what came before is being written."""
 
 
 def save_checkpoint(
@@ -59,56 +63,67 @@ def save_checkpoint(
     meta: Mapping[str, Any],
     *,
     keep_last: int,
+    keep_every_steps: int = 0,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` and drop all but the newest ``keep_last`` up to it.
+    """Write the checkpoint of ``step``, then delete the older ones that need not be kept.
 
     Args:
         tensors: plain ones, equal on every rank that has the name, or DTensors.
         meta: JSON; rank 0's is written.
-        keep_last: at least 1. Checkpoints of later steps, which a resume passed over as damaged,
-            are left alone until training gets there.
+        keep_last, keep_every_steps: see :func:`trinity.ckpt.retention.expired_steps`.
+        group: all ranks of the job, in the order of the default group, which None stands for.
 
     Raises CheckpointError when it cannot be written, for instance on a full disk; the temporary
     directory is gone then, and earlier checkpoints and ``latest`` are as they were.
     """
     assert keep_last >= 1
     state = json.dumps(dict(meta), indent=2) + "\n"
-    root = run_dir / CHECKPOINTS_DIR
-    final = root / f"{STEP_PREFIX}{step:08d}"
-    rank = _rank()
-    process_id = _gather(os.getpid())[0]
+    root, final = run_dir / CHECKPOINTS_DIR, checkpoint_path(run_dir, step)
+    own_rank = rank(group)
+    failure, remedy = save_failure(run_dir, step)
+    process_id = together(os.getpid, failure, remedy, group)[0]
     temporary = root / f"{TEMPORARY_PREFIX}{step:08d}-{process_id}"
 
     def prepare() -> None:
-        if rank == 0:
+        if own_rank == 0:
             temporary.mkdir(parents=True, exist_ok=True)
             sync_directory(run_dir)
 
     def write() -> dict[str, dict[str, Any]]:
-        with _quiet():
-            dcp.save(dict(tensors), checkpoint_id=temporary, no_dist=_world_size() == 1)
-        return describe_files(temporary.glob(f"__{rank}_*"))
+        _write_tensors(temporary, tensors, group)
+        return describe_files(temporary.glob(f"__{own_rank}_*"))
 
     def publish() -> None:
-        if rank == 0:
+        if own_rank == 0:
             write_synced(temporary / STATE_FILE, state)
             write_manifest(temporary, {name: e for files in written for name, e in files.items()})
             _publish(temporary, final)
+            _remove_expired(run_dir, step, keep_last, keep_every_steps)
 
-    failure = f"could not save step {step} in {root}"
-    remedy = "free space there, or mend its permissions, and resume. Earlier checkpoints are intact"
     try:
-        _together(prepare, failure, remedy)
-        written = _together(write, failure, remedy)
-        _together(publish, failure, remedy)
+        together(prepare, failure, remedy, group)
+        written = together(write, failure, remedy, group)
+        together(publish, failure, remedy, group)
     finally:
-        if rank == 0:
+        if own_rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             (root / f"{LATEST_FILE}.tmp").unlink(missing_ok=True)
-    if rank == 0:
-        for old in [p for p in list_checkpoints(run_dir) if _step(p) < step][keep_last - 1 :]:
-            _remove(old)
     return final
+
+
+def save_failure(run_dir: Path, step: int) -> tuple[str, str]:
+    """What to tell when a save fails, and the remedy."""
+    root = run_dir / CHECKPOINTS_DIR
+    return (
+        f"could not save step {step} in {root}",
+        "free space there, or mend its permissions, and resume. Earlier checkpoints are intact",
+    )
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is, or will be."""
+    return run_dir / CHECKPOINTS_DIR / f"{STEP_PREFIX}{step:08d}"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -125,28 +140,44 @@ def clean_stale(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def latest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+@dataclass(frozen=True)
+class VerifiedCheckpoint:
+    """A checkpoint whose every byte was compared with its manifest."""
+
+    path: Path
+    seal: frozenset[tuple[str, int, int, int]] | None
+    """Name, size, time of change and inode of each file, taken before they were compared."""
+
+
+def find_checkpoint(run_dir: Path) -> tuple[VerifiedCheckpoint | None, list[str]]:
     """The newest checkpoint that verifies, and why each newer one was rejected."""
     rejected: list[str] = []
-    for path in _gather(list_checkpoints(run_dir))[0]:
+    for path in gather(list_checkpoints(run_dir))[0]:
         try:
-            _verify(path)
+            return _verify(path), rejected
         except CheckpointError as error:
             rejected.append(f"checkpoint rejected: {error}")
-            continue
-        return path, rejected
     return None, rejected
 
 
-def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def latest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """As :func:`find_checkpoint`, for callers that only want to know where it is."""
+    found, rejected = find_checkpoint(run_dir)
+    return (found.path if found else None), rejected
+
+
+def load_checkpoint(
+    checkpoint: Path | VerifiedCheckpoint, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
     """Fill ``tensors`` in place from a checkpoint and return its ``meta``.
 
-    The manifest is verified before anything is parsed. The number of ranks may differ from the
-    one that saved. Raises CheckpointError when a file is damaged or foreign, or when names, shapes
-    or dtypes differ from ``tensors``.
+    The manifest is verified before anything is parsed, unless :func:`find_checkpoint` has done so
+    and no file changed since. The number of ranks may differ from the one that saved. Raises
+    CheckpointError when a file is damaged or foreign, or when names, shapes or dtypes differ from
+    ``tensors``.
     """
-    _verify(path)
-    wanted = set().union(*_gather(set(tensors)))  # pipeline stages hold different names
+    path = _verified(checkpoint).path
+    wanted = set().union(*gather(set(tensors)))  # pipeline stages hold different names
 
     def check() -> dict[str, Any]:
         stored = _stored(path)
@@ -160,9 +191,14 @@ def load_checkpoint(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             _check_like(path, name, stored[name], tensor)
         return read_json(path / STATE_FILE)
 
-    meta = _together(check, f"{path} cannot be read", ANOTHER)[_rank()]
-    _read(path, tensors, alone=_world_size() == 1)
+    meta = together(check, f"{path} cannot be read", ANOTHER)[rank()]
+    _read(path, tensors, alone=world_size() == 1)
     return meta
+
+
+def stored_names(path: Path) -> list[str]:
+    """Names of the tensors in a checkpoint. The caller has verified the manifest."""
+    return sorted(_stored(path))
 
 
 def load_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
@@ -220,13 +256,52 @@ def _step(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _verify(path: Path) -> None:
-    share, num_shares = _rank(), _world_size()
-    _together(
+def _remove_expired(run_dir: Path, step: int, keep_last: int, keep_every_steps: int) -> None:
+    of_step = {_step(path): path for path in list_checkpoints(run_dir)}
+    for expired in expired_steps(
+        of_step, step, keep_last=keep_last, keep_every_steps=keep_every_steps
+    ):
+        try:
+            _remove(of_step[expired])
+        except OSError as error:
+            raise CheckpointError(
+                f"step {step} is saved, but {of_step[expired]} could not be deleted: {error}; mend "
+                "the permissions there and resume"
+            ) from None
+
+
+def _write_tensors(
+    directory: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None
+) -> None:
+    alone = world_size(group) == 1
+    if alone:
+        _silence_notice()
+    # Copying ahead is for tensors on a GPU. With copies on the host it would wait for the training
+    # thread's kernels, on the GPU of another rank at that: a new thread is on GPU 0.
+    on_host = all(tensor.is_cpu for tensor in tensors.values())
+    writer = FileSystemWriter(directory, per_thread_copy_ahead=0 if on_host else COPY_AHEAD_BYTES)
+    dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
+
+
+def _verified(checkpoint: Path | VerifiedCheckpoint) -> VerifiedCheckpoint:
+    """Verify, unless that is done and no rank sees a file that changed since."""
+    if isinstance(checkpoint, Path):
+        return _verify(checkpoint)
+    seal = seal_of(checkpoint.path)
+    if all(gather(seal is not None and seal == checkpoint.seal)):
+        return checkpoint
+    return _verify(checkpoint.path)
+
+
+def _verify(path: Path) -> VerifiedCheckpoint:
+    seal = seal_of(path)
+    share, num_shares = rank(), world_size()
+    together(
         lambda: verify_manifest(path, share=share, num_shares=num_shares),
         f"{path} cannot be read",
         ANOTHER,
     )
+    return VerifiedCheckpoint(path, seal)
 
 
 def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
@@ -272,80 +347,22 @@ def _check_like(path: Path, name: str, stored: TensorStorageMetadata, tensor: Te
 
 
 def _read(path: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
+    if alone:
+        _silence_notice()
     try:
-        with _quiet():
-            dcp.load(tensors, storage_reader=SafeReader(path), no_dist=alone)
+        dcp.load(tensors, storage_reader=SafeReader(path), no_dist=alone)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {_reason(_cause(error))}; {ANOTHER}"
+            f"{path} cannot be read: {reason_of(cause_of(error))}; {ANOTHER}"
         ) from None
 
 
-def _together(work: Callable[[], T], failure: str, remedy: str) -> list[T]:
-    """Do ``work`` on every rank and return all results; where one failed, every rank raises.
+def _silence_notice() -> None:
+    """Silence torch's notice that it works in a single process, which is what we want here.
 
-    Without this the ranks that did well would wait forever for the one that did not.
+    Never taken back: ``warnings.catch_warnings`` in one thread spoils the filters of the others.
     """
-    result, problem = None, None
-    try:
-        result = work()
-    except CheckpointError as error:
-        problem = str(error)
-    # A full disk shows as OSError, as torch's "unexpected pos" RuntimeError, or wrapped by DCP.
-    except (OSError, RuntimeError, CheckpointException) as error:
-        cause = _cause(error)
-        if not isinstance(cause, Exception):  # Ctrl-C, which DCP wraps too
-            raise cause from None
-        problem = f"{failure}: {_reason(cause)}; {remedy}"
-    outcomes = _gather((result, problem))
-    for _, reported in outcomes:
-        if reported is not None:
-            raise CheckpointError(reported)
-    return [cast(T, outcome) for outcome, _ in outcomes]
-
-
-def _cause(error: BaseException) -> BaseException:
-    """DCP wraps one exception for each rank that failed."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return next(iter(error.failures.values()))[0]
-    return error
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    text = str(error).strip()
-    if "unexpected pos" in text or "PytorchStreamWriter" in text:  # torch's words for a short write
-        return "a file could not be written in full, as on a full disk"
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _gather(value: T) -> list[T]:
-    """The value of every rank, on every rank."""
-    if _world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * _world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _rank() -> int:
-    return dist.get_rank() if _is_distributed() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if _is_distributed() else 1
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's notice that it works in a single process, which is what we want here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        yield
+    warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,61 @@
+"""Copies of tensors in host memory, so that they can be written while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class HostStaging:
+    """Host memory for one copy of a set of tensors, allocated once and filled again and again.
+
+    It costs as many bytes as this rank's part of the tensors has. For what comes from an
+    accelerator the memory is pinned, which torch allocates in powers of two: up to twice as many.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        """The copies by name; DTensors have the mesh, placements and shape of their originals."""
+        self._buffers: dict[str, Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of what is held."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy ``tensors`` as they are now; when it returns, the originals may change.
+
+        Raises RuntimeError when there is not enough host memory.
+        """
+        self.tensors = {}
+        old, self._buffers = self._buffers, {}
+        accelerators: set[torch.device] = set()
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+            buffer = old.pop(name, None)
+            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+                buffer = torch.empty_like(local, device="cpu", pin_memory=not local.is_cpu)
+            buffer.copy_(local, non_blocking=True)
+            if not local.is_cpu:
+                accelerators.add(local.device)
+            self._buffers[name] = buffer
+            self.tensors[name] = _like(tensor, buffer)
+        for device in accelerators:
+            torch.accelerator.current_stream(device).synchronize()
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.tensors, self._buffers = {}, {}
+
+
+def _like(original: Tensor, local: Tensor) -> Tensor:
+    """``local``, in the place of the original's local part."""
+    if not isinstance(original, DTensor):
+        return local
+    # DTensor.from_local would move the copy back to the device of the mesh.
+    return DTensor(local, original._spec, requires_grad=False)
