@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from tools.ledger import axes_as_overrides, ledger_config, train
+from tools.ranks import on_ranks
 from trinity.ckpt.convert import convert_to_hf
 from trinity.core import config as tables
 from trinity.core.load_config import load_config
 from trinity.train.command import pretrain_command
+from trinity.train.run import create_run_directory
 
 ALL_TABLES = [
     value
@@ -62,5 +65,22 @@ def test_every_field_is_read_by_a_run_or_an_export(
     assert pretrain_command([str(tiny_toml), *overrides], None, None) == 0
     run_dir = next((tmp_path / "runs").iterdir())
     convert_to_hf(run_dir, tmp_path / "exported", dtype="keep", max_shard_bytes=10**9)
+    read |= _read_by_ranks(tmp_path, read, constructing)
     declared = {(table.__name__, name) for table in ALL_TABLES for name in table.model_fields}
     assert declared - read == set()
+
+
+def _read_by_ranks(
+    tmp_path: Path, read: set[tuple[str, str]], constructing: list[bool]
+) -> set[tuple[str, str]]:
+    """What a step on two ranks reads besides: the forked ranks record like their parent."""
+    constructing[0] = True
+    config = ledger_config(tmp_path, "fp32", axes_as_overrides({"pp": 2}))
+    constructing[0] = False
+    create_run_directory(tmp_path / "ranks", config)
+
+    def work() -> set[tuple[str, str]]:
+        train(config, tmp_path / "ranks", 1, resume=False)
+        return read
+
+    return set().union(*on_ranks(2, work))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from trinity.core.batch import Batch
 from trinity.core.config import Config
 from trinity.core.load_config import load_config
 from trinity.data.build import Dataset, build_dataset
-from trinity.data.loader import Batch, Loader, held_out_rows, read_rows
+from trinity.data.loader import Loader, held_out_rows, read_rows
 from trinity.data.pack import Span
 
 ROW = 48

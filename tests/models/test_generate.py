@@ -123,7 +123,7 @@ def test_greedy_equals_repeated_full_forward(model: LanguageModel) -> None:
 def test_a_model_set_up_for_training_generates_the_same(model: LanguageModel, mode: str) -> None:
     prompt_BS = torch.randint(0, 61, (2, 4))
     expected_BS = generate(model.eval(), prompt_BS, max_new_tokens=12)
-    apply_recompute(model.backbone.layers, mode)  # type: ignore[arg-type]
+    apply_recompute(model.backbone.layers.values(), mode)  # type: ignore[arg-type]
     assert torch.equal(generate(model.train(), prompt_BS, max_new_tokens=12), expected_BS)
 
 

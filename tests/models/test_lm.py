@@ -226,7 +226,7 @@ def _recomputing(mode: str, dtype: torch.dtype, *, gpu_ops: bool = False) -> Lan
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    for block in model.backbone.layers:
+    for block in model.backbone.layers.values():
         if gpu_ops and isinstance(block.ffn, MoE):
             block.ffn.experts.backend = "grouped_mm"
         if gpu_ops and block.mixer.window is None:
@@ -234,7 +234,7 @@ def _recomputing(mode: str, dtype: torch.dtype, *, gpu_ops: bool = False) -> Lan
         if mode == "reentrant":
             block.forward = partial(checkpoint, block.forward, use_reentrant=True)
     if mode != "reentrant":
-        apply_recompute(model.backbone.layers, mode)  # type: ignore[arg-type]
+        apply_recompute(model.backbone.layers.values(), mode)  # type: ignore[arg-type]
     return model.to(dtype)
 
 
@@ -332,9 +332,9 @@ def test_blocks_compiled_before_are_still_compiled(mode: str) -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    for block in model.backbone.layers:
+    for block in model.backbone.layers.values():
         block.forward = torch.compile(block.forward, backend=compiler)
-    apply_recompute(model.backbone.layers, mode)  # type: ignore[arg-type]
+    apply_recompute(model.backbone.layers.values(), mode)  # type: ignore[arg-type]
     _loss(model).total.backward()
     assert graphs
     for name, gradient in _gradients(model).items():

@@ -215,3 +215,21 @@ def test_a_window_of_the_whole_row_is_plain_causal(backend):
     plain = causal_attention(*qkv, window=None, document_ids_BS=None, backend=backend)
     wide = causal_attention(*qkv, window=30, document_ids_BS=None, backend=backend)
     assert torch.equal(plain, wide)
+
+
+@pytest.mark.parametrize("num_queries", [1, 37, 128])
+@pytest.mark.parametrize("window", [None, 1, 5, 33, 100, 1000])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_queries_that_end_a_longer_row_see_what_they_see_in_the_whole_row(
+    num_queries, window, with_documents
+):
+    q, k, v = _qkv(257)
+    documents = _documents(257) if with_documents else None
+    options = {"window": window, "document_ids_BS": documents}
+    whole = attention_reference(q, k, v, **options)[:, :, -num_queries:]
+    grad = torch.randn_like(whole)
+    want = torch.autograd.grad(whole, (q, k, v), grad)
+    for backend in ("blocked", "reference"):
+        part = causal_attention(q[:, :, -num_queries:], k, v, backend=backend, **options)
+        got = torch.autograd.grad(part, (q, k, v), grad)
+        _assert_close((part, *got), (whole, *want), relative=1e-12)

@@ -32,7 +32,7 @@ def test_every_parameter_once(repository: Path, router: str, muon: bool) -> None
         takes_muon = muon and (is_matrix or (is_router and router == "muon"))
         assert (row.optimizer == "muon") == takes_muon, row.name
         assert (row.weight_decay > 0) == (is_matrix or is_router), row.name
-    optimizers = build_optimizers(model, config.optim)
+    optimizers = build_optimizers(model.named_parameters(), config.optim)
     held = [
         id(p)
         for optimizer in optimizers.optimizers.values()
@@ -71,7 +71,7 @@ def _train(model: LanguageModel, optimizers: object, steps: range) -> None:
 def test_state_resumes_bit_for_bit(tiny_toml: Path) -> None:
     config = load_config(tiny_toml)
     whole = LanguageModel.initialized(config.model, seed=0)
-    optimizers = build_optimizers(whole, config.optim)
+    optimizers = build_optimizers(whole.named_parameters(), config.optim)
     _train(whole, optimizers, range(3))
     weights = {name: t.clone() for name, t in whole.state_dict().items()}
     state = {name: t.clone() for name, t in optimizers.state_dict().items()}
@@ -79,7 +79,7 @@ def test_state_resumes_bit_for_bit(tiny_toml: Path) -> None:
     _train(whole, optimizers, range(3, 6))
     resumed = LanguageModel.initialized(config.model, seed=9)
     resumed.load_state_dict(weights)
-    again = build_optimizers(resumed, config.optim)
+    again = build_optimizers(resumed.named_parameters(), config.optim)
     again.load_state_dict(state)
     _train(resumed, again, range(3, 6))
     for name, tensor in whole.state_dict().items():
@@ -88,7 +88,9 @@ def test_state_resumes_bit_for_bit(tiny_toml: Path) -> None:
 
 def test_foreign_state_is_refused(tiny_toml: Path) -> None:
     config = load_config(tiny_toml)
-    optimizers = build_optimizers(LanguageModel.initialized(config.model, seed=0), config.optim)
+    optimizers = build_optimizers(
+        LanguageModel.initialized(config.model, seed=0).named_parameters(), config.optim
+    )
     state = optimizers.state_dict()
     state.pop(next(iter(state)))
     with pytest.raises(ConfigError, match="does not fit"):

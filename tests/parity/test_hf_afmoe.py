@@ -139,7 +139,7 @@ def test_the_comparison_notices_a_wrong_model() -> None:
     model, peer = _pair(_config(), "eager")
     tokens_BS = torch.randint(0, 131, (1, 20))
     theirs = peer(input_ids=tokens_BS).logits
-    layer = model.backbone.layers[2]
+    layer = model.backbone.layers["2"]
     for tensor, factor in (
         (layer.mixer.gate_proj.weight, 1.01),
         (layer.mixer.q_norm.weight, 1.01),

@@ -34,7 +34,7 @@ def test_two_moves_of_every_layer(rule: str) -> None:
     config = BalanceConfig.model_validate({"rule": rule, "step": 1e-2})
     bias_LE, momentum_LE = torch.zeros(2, 4), torch.zeros(2, 4)
     for load_LE in LOADS:
-        move_biases(model, load_LE, config)
+        move_biases(enumerate(model.moe_layers()), load_LE, config)
         if rule == "smebu":
             bias_LE, momentum_LE = smebu(
                 bias_LE, momentum_LE, load_LE.float(), step=1e-2, decay=0.5, sharpness=2.0

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from trinity.core.batch import Batch
 from trinity.core.config import Config
 from trinity.core.errors import TrainingError
 from trinity.core.load_config import load_config
-from trinity.data.loader import Batch
 from trinity.models.lm import LanguageModel
 from trinity.optim.groups import build_optimizers
+from trinity.parallel.model import ParallelModel
 from trinity.parallel.recompute import apply_recompute
 from trinity.train.step import StepResult, train_step
 
@@ -38,8 +39,8 @@ def _train(
     for moe in model.moe_layers():  # balancing state stays fp32 in any precision
         moe.router.float()
         moe.router.weight.data = moe.router.weight.data.to(dtype)
-    apply_recompute(model.backbone.layers, config.train.recompute)
-    optimizers = build_optimizers(model, config.optim)
+    apply_recompute(model.backbone.layers.values(), config.train.recompute)
+    optimizers = build_optimizers(model.named_parameters(), config.optim)
     results = []
     for step in range(num_steps):
         batch = _batch(config, step)
@@ -47,7 +48,7 @@ def _train(
             Batch(*(field[i : i + microbatch_rows] for field in batch))
             for i in range(0, NUM_ROWS, microbatch_rows)
         ]
-        results.append(train_step(model, optimizers, split, config))
+        results.append(train_step(ParallelModel.whole(model, config), optimizers, split, config))
     return dict(model.state_dict()), results
 
 
@@ -100,12 +101,12 @@ def test_bias_moves_once_per_step_and_keeps_its_sum(config: Config) -> None:
 
 def test_a_loss_that_is_not_finite_stops_before_anything_moves(config: Config) -> None:
     model = LanguageModel.initialized(config.model, seed=1)
-    optimizers = build_optimizers(model, config.optim)
+    optimizers = build_optimizers(model.named_parameters(), config.optim)
     with torch.no_grad():
         model.lm_head.weight[3, 5] = float("nan")
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(TrainingError, match="loss is nan"):
-        train_step(model, optimizers, [_batch(config, 0)], config)
+        train_step(ParallelModel.whole(model, config), optimizers, [_batch(config, 0)], config)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
 

@@ -119,7 +119,7 @@ def make_hf(weights: dict[str, torch.Tensor], config: ModelConfig, *, fast: bool
 def make_trinity(model: LanguageModel, *, bf16: bool, compiled: bool) -> Candidate:
     """Our model, through the same loss call that training uses."""
     if compiled:
-        for layer in model.backbone.layers:
+        for layer in model.backbone.layers.values():
             layer.compile()
 
     def loss_of(tokens_BS: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,7 @@ class MuonConfig(Table):
     weight_decay: NonNegativeFloat = 0.1
     coefficients: str = Field(default="trinity", description="Newton-Schulz coefficient set")
     num_iterations: Positive = 5
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
 
 
 class AdamWConfig(Table):
@@ -253,8 +253,9 @@ class TrainConfig(Table):
     """The loop itself."""
 
     num_steps: Positive
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="compute type; parameters and optimizer state stay fp32"
+    precision: Literal["bf16", "fp32", "fp64"] = Field(
+        default="bf16",
+        description="compute type; parameters and optimizer state are fp32. fp64 is for proofs",
     )
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = Field(default=False, description="torch.compile the blocks")
@@ -264,6 +265,62 @@ class TrainConfig(Table):
     validation_rows: Positive = 16
     profile_steps: NonNegative = Field(default=0, description="steps to trace from step 3 on")
     sample_prompt: str = Field(default="", description="text to continue when the run ends")
+
+
+class ParallelConfig(Table):
+    """How the ranks of a job share the work.
+
+    The axes multiply to the world size: pp * dp_replicate * dp_shard * cp * tp. Expert parallelism
+    has no ranks of its own: it borrows them from dp_shard * cp * tp.
+    """
+
+    dp_replicate: Positive = Field(default=1, description="copies of the sharded model (HSDP)")
+    dp_shard: NonNegative = Field(
+        default=0, description="ranks that share one copy (FSDP2); 0 takes all that are left"
+    )
+    cp: Positive = Field(default=1, description="ranks that share a row (context parallel)")
+    tp: Positive = Field(default=1, description="ranks that share a matrix (tensor parallel)")
+    sequence_parallel: bool = Field(
+        default=True, description="with tp: split the tokens between the matrices, too"
+    )
+    ep: Positive = Field(default=1, description="ranks that share a layer's experts")
+    pp: Positive = Field(default=1, description="ranks that share the layers (pipeline)")
+    pp_schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = "1f1b"
+    pp_stages_per_rank: Positive = Field(
+        default=1, description="stages of one rank; 2 or more for all schedules but 1f1b"
+    )
+    reshard_after_forward: bool = Field(
+        default=True, description="drop gathered parameters between forward and backward"
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="type in which gradients are summed over ranks"
+    )
+    timeout_s: Positive = Field(
+        default=600, description="a collective that takes longer ends the job, seconds"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        two_stages = self.pp_schedule in ("zbv", "dualpipev")
+        if self.pp_schedule == "1f1b" and self.pp_stages_per_rank != 1:
+            raise ValueError(
+                f"pp_stages_per_rank={self.pp_stages_per_rank} needs "
+                'pp_schedule="interleaved_1f1b"; "1f1b" has one stage per rank'
+            )
+        if self.pp_schedule == "interleaved_1f1b" and self.pp_stages_per_rank < 2:
+            raise ValueError('pp_schedule="interleaved_1f1b" needs pp_stages_per_rank >= 2')
+        if two_stages and self.pp_stages_per_rank != 2:
+            raise ValueError(
+                f'pp_schedule="{self.pp_schedule}" has two stages on every rank; set '
+                "pp_stages_per_rank=2"
+            )
+        if two_stages and self.pp > 1 and self.reshard_after_forward:
+            raise ValueError(
+                f'pp_schedule="{self.pp_schedule}" splits the backward, which gives silently wrong '
+                "gradients when parameters are resharded after the forward; set "
+                "reshard_after_forward=false"
+            )
+        return self
 
 
 class CheckpointConfig(Table):
@@ -296,6 +353,7 @@ class Config(Table):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

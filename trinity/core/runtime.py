@@ -14,7 +14,7 @@ import torch
 
 from trinity.core.errors import ConfigError
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp32", "fp64"]
 
 SAVED_AND_STOPPED_EXIT_CODE = 75
 """Exit status after a signal-triggered save: EX_TEMPFAIL, "try again later"; resume continues."""
@@ -37,14 +37,14 @@ def choose_device(name: str) -> torch.device:
 
 def compute_dtype(precision: Precision) -> torch.dtype:
     """The dtype matrix products run in."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
 
 
 def autocast(
     device: torch.device, precision: Precision
 ) -> contextlib.AbstractContextManager[object]:
     """Mixed precision for a forward pass: bf16 products over fp32 parameters, or nothing."""
-    if precision == "fp32":
+    if precision != "bf16":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
@@ -139,7 +139,7 @@ def peak_flops(device: torch.device, precision: Precision) -> float | None:
     """
     if device.type == "cpu":
         return _measured_matmul_flops(compute_dtype(precision))
-    if device.type != "cuda" or precision == "fp32":
+    if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in GPU_BF16_FLOPS.items() if part in name), None)

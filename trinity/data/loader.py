@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from trinity.core.batch import IGNORED_TARGET, Batch
 from trinity.core.config import DataConfig
 from trinity.data.build import Dataset, DocumentSet
 from trinity.data.pack import RowPlanner, Span
-
-IGNORED_TARGET = -100
-
-
-class Batch(NamedTuple):
-    """Rows of tokens, what to predict, and which document each position belongs to."""
-
-    tokens_BS: Tensor
-    """int64."""
-    targets_BS: Tensor
-    """int64; the next token of the same document, or -100 where the document ends."""
-    document_ids_BS: Tensor
-    """int32; 0, 1, 2, ... along the row, one per contiguous read of a document."""
 
 
 class Loader:

@@ -142,6 +142,7 @@ def stream_tokens(
     _check_settings(max_new_tokens, temperature, top_k, top_p)
     generator = torch.Generator(device=prompt_BS.device).manual_seed(seed)
     caches = make_caches(model)
+    assert model.lm_head is not None
     tokens_BS, position = prompt_BS, 0
     ended_B = torch.zeros(len(prompt_BS), dtype=torch.bool, device=prompt_BS.device)
     for _ in range(max_new_tokens):

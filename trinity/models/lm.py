@@ -13,7 +13,7 @@ from trinity.models.backbone import Backbone, BackboneOutput
 from trinity.nn.attention import KeyValueCache
 from trinity.nn.init import initialize
 from trinity.nn.moe import MoE
-from trinity.ops.loss import linear_cross_entropy
+from trinity.ops.loss import VocabularyShard, linear_cross_entropy
 
 
 class LMLoss(NamedTuple):
@@ -32,7 +32,13 @@ class LMLoss(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """A causal language model of the AFMoE family (Trinity Nano, Mini, Large)."""
+    """A causal language model of the AFMoE family (Trinity Nano, Mini, Large).
+
+    A pipeline stage lacks the parts of other stages: ``embed_tokens`` or ``lm_head`` is None there.
+    """
+
+    embed_tokens: nn.Embedding | None
+    lm_head: nn.Linear | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,6 +46,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.backbone = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.vocabulary_shard: VocabularyShard | None = None
 
     @classmethod
     def on_meta(cls, config: ModelConfig) -> LanguageModel:
@@ -62,6 +69,7 @@ class LanguageModel(nn.Module):
         With ``document_ids_BS`` (B, S, integers that change where a new document starts),
         attention stays inside each document.
         """
+        assert self.lm_head is not None
         return self.lm_head(self.hidden(tokens_BS, document_ids_BS).hidden_BSD)
 
     def hidden(
@@ -72,13 +80,18 @@ class LanguageModel(nn.Module):
         first_position: int = 0,
     ) -> BackboneOutput:
         """Everything up to the head: hidden states (B, S, D) and routing statistics."""
+        return self.backbone(self.embed(tokens_BS), document_ids_BS, caches, first_position)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """What the first block is given, (B, S, D)."""
+        assert self.embed_tokens is not None
         x_BSD = self.embed_tokens(tokens_BS)
         if self.config.mup_enabled:
             x_BSD = x_BSD * self.config.hidden_size**0.5
         if torch.is_autocast_enabled(x_BSD.device.type):
             # The embedding is not an autocast op: without this the stream would stay fp32.
             x_BSD = x_BSD.to(torch.get_autocast_dtype(x_BSD.device.type))
-        return self.backbone(x_BSD, document_ids_BS, caches, first_position)
+        return x_BSD
 
     def loss(
         self,
@@ -91,18 +104,26 @@ class LanguageModel(nn.Module):
     ) -> LMLoss:
         """Loss sums of a microbatch, never forming all logits; targets of -100 do not count."""
         out = self.hidden(tokens_BS, document_ids_BS)
+        return self.loss_sums(out, targets_BS, z_loss=z_loss, chunk_rows=chunk_rows)
+
+    def loss_sums(
+        self, out: BackboneOutput, targets_BS: Tensor, *, z_loss: float, chunk_rows: int
+    ) -> LMLoss:
+        """The head and the loss, given what the backbone returned."""
+        assert self.lm_head is not None
         vocab = linear_cross_entropy(
             out.hidden_BSD.flatten(0, 1),
             self.lm_head.weight,
             targets_BS.flatten(),
             z_loss=z_loss,
             chunk_rows=chunk_rows,
+            shard=self.vocabulary_shard,
         )
         return LMLoss(vocab.total, vocab.cross_entropy, vocab.z, out.balance_loss, out.load_LE)
 
     def moe_layers(self) -> Iterator[MoE]:
-        """The layers with experts, in the order of ``load_LE``."""
-        for module in self.backbone.layers:
+        """The layers with experts that are here, in the order of ``load_LE``."""
+        for module in self.backbone.layers.values():
             if isinstance(module.ffn, MoE):
                 yield module.ffn
 
@@ -116,6 +137,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     model = LanguageModel.on_meta(config)
     total = sum(p.numel() for p in model.parameters())
     biases = sum(moe.router.expert_bias.numel() for moe in model.moe_layers())
+    assert model.embed_tokens is not None
+    assert model.lm_head is not None
     embedding = model.embed_tokens.weight.numel()
     idle = 0
     for moe in model.moe_layers():

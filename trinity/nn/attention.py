@@ -21,6 +21,19 @@ class KeyValueCache(Protocol):
         ...
 
 
+class ContextExchange(Protocol):
+    """Brings the keys and values that earlier parts of the rows hold on other processes."""
+
+    def __call__(
+        self, k_BGSd: Tensor, v_BGSd: Tensor, document_ids_BS: Tensor | None, window: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Own keys and values preceded by what the own queries see of others'.
+
+        ``document_ids_BS`` covers the whole rows; the result covers the returned keys.
+        """
+        ...
+
+
 class GatedAttention(nn.Module):
     """o_proj(attention(q, k, v) * sigmoid(gate(x))) (report, eqs. 1-14).
 
@@ -39,6 +52,7 @@ class GatedAttention(nn.Module):
         self.head_dim = config.head_dim
         self.window = config.sliding_window if layer_type == "sliding_attention" else None
         self.backend = "auto"
+        self.context: ContextExchange | None = None
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
@@ -67,6 +81,10 @@ class GatedAttention(nn.Module):
         if cache is not None:
             out_BHSd = cache.attend(q_BHSd, k_BGSd, v_BGSd)
         else:
+            if self.context is not None:
+                k_BGSd, v_BGSd, document_ids_BS = self.context(
+                    k_BGSd, v_BGSd, document_ids_BS, self.window
+                )
             out_BHSd = causal_attention(
                 q_BHSd,
                 k_BGSd,

@@ -5,6 +5,8 @@ Pure functions over tensors whose last dim is experts; a leading layer dim is al
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,22 +49,34 @@ def sign_rule(bias_E: Tensor, load_E: Tensor, *, step: float) -> Tensor:
     return moved_E - moved_E.mean(-1, keepdim=True)
 
 
-def sequence_balance_loss(scores_BSE: Tensor, index_BSK: Tensor, num_experts: int) -> Tensor:
+def sequence_balance_loss(
+    scores_BSE: Tensor,
+    index_BSK: Tensor,
+    num_experts: int,
+    *,
+    num_parts: int = 1,
+    sum_over_parts: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Sum over rows of sum_i f_i P_i (Trinity report, eqs. 29-32), an fp32 scalar.
 
     f_i = E / (K S) * number of the row's tokens that chose expert i; P_i is the row's mean of the
     scores normalised over all experts. Gradient flows through P only. Perfect balance gives 1 per
     row.
+
+    Where ``num_parts`` processes hold equal parts of the same rows, ``sum_over_parts`` adds up a
+    tensor over them (counts: no gradient); the results of all parts then sum to the loss.
     """
-    num_tokens, num_chosen = index_BSK.shape[1:]
+    num_tokens, num_chosen = index_BSK.shape[1] * num_parts, index_BSK.shape[2]
     count_BE = torch.zeros(
         index_BSK.shape[0], num_experts, dtype=scores_BSE.dtype, device=scores_BSE.device
     )
     ones = torch.ones((), dtype=scores_BSE.dtype, device=scores_BSE.device)
     flat_BR = index_BSK.flatten(1)
     count_BE.scatter_add_(1, flat_BR, ones.expand_as(flat_BR))
+    if sum_over_parts is not None:
+        count_BE = sum_over_parts(count_BE)
     fraction_BE = count_BE * (num_experts / (num_chosen * num_tokens))
-    share_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    share_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).sum(1) / num_tokens
     return (fraction_BE * share_BE).sum()
 
 

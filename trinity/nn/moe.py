@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,40 @@ class Dispatcher(Protocol):
     """Brings routed tokens to their experts and the weighted outputs back."""
 
     def __call__(
-        self, experts: GroupedExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
-    ) -> Tensor:
-        """(T, D) -> (T, D)."""
+        self,
+        experts: GroupedExperts,
+        x_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        meanwhile: Callable[[], Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T, D) -> (T, D), and the result of ``meanwhile``.
+
+        ``meanwhile`` is work that needs nothing of this: it is called once, while tokens travel.
+        """
         ...
+
+
+class RowSum(NamedTuple):
+    """How to add up counts over the processes that hold parts of the same rows."""
+
+    num_parts: int = 1
+    add_up: Callable[[Tensor], Tensor] | None = None
 
 
 class LocalDispatcher:
     """All experts live on this process: nothing travels."""
 
     def __call__(
-        self, experts: GroupedExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
-    ) -> Tensor:
-        """(T, D) -> (T, D)."""
-        return experts(x_TD, index_TK, weight_TK)
+        self,
+        experts: GroupedExperts,
+        x_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        meanwhile: Callable[[], Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T, D) -> (T, D), and the result of ``meanwhile``."""
+        return experts(x_TD, index_TK, weight_TK), meanwhile()
 
 
 class MoE(nn.Module):
@@ -52,6 +73,7 @@ class MoE(nn.Module):
             config.num_experts, config.hidden_size, config.moe_intermediate_size
         )
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.row_sum = RowSum()
         shared_size = config.moe_intermediate_size * config.num_shared_experts
         self.shared = SwiGLU(config.hidden_size, shared_size) if shared_size else None
 
@@ -65,15 +87,24 @@ class MoE(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)
-        routed_TD = self.dispatcher(self.experts, x_TD, routing.index_TK, routing.weight_TK)
+        shared = self.shared
+        routed_TD, shared_BSD = self.dispatcher(
+            self.experts,
+            x_TD,
+            routing.index_TK,
+            routing.weight_TK,
+            lambda: None if shared is None else shared(x_BSD),
+        )
         out_BSD = routed_TD.view_as(x_BSD)
-        if self.shared is not None:
-            out_BSD = out_BSD + self.shared(x_BSD)
+        if shared_BSD is not None:
+            out_BSD = out_BSD + shared_BSD
         load_E = torch.bincount(routing.index_TK.flatten(), minlength=self.num_experts)
         rows = x_BSD.shape[:2]
         balance_loss = sequence_balance_loss(
             routing.scores_TE.unflatten(0, rows),
             routing.index_TK.unflatten(0, rows),
             self.num_experts,
+            num_parts=self.row_sum.num_parts,
+            sum_over_parts=self.row_sum.add_up,
         )
         return out_BSD, load_E, balance_loss

@@ -42,6 +42,11 @@ class SigmoidRouter(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("bias_momentum", torch.zeros(num_experts, dtype=torch.float32))
 
+    def float_state(self) -> None:
+        """Bring the balancing state back to fp32 after the module was cast."""
+        self.expert_bias = self.expert_bias.float()
+        self.bias_momentum = self.bias_momentum.float()
+
     def forward(self, x_TD: Tensor) -> Routing:
         """Route T tokens.
 

@@ -32,6 +32,9 @@ def causal_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over the keys each token may see; (B, H, S, d).
 
+    There may be more keys than queries: the queries are then the last tokens of the row that the
+    keys make up.
+
     Token i sees tokens max(0, i - window + 1) .. i, that is ``window`` keys with itself, or all up
     to itself when ``window`` is None or at least S. With documents it also sees none before its
     document; a document is a run of equal ids, so an id that comes back later is a new document.
@@ -41,13 +44,13 @@ def causal_attention(
         k_BGSd: keys.
         v_BGSd: values.
         window: sliding window in tokens, itself included, or None for global attention.
-        document_ids_BS: integers, or None when each row is one document.
+        document_ids_BS: integers, one per key, or None when each row is one document.
         backend: a key of ``BACKENDS``, or "auto" for the fastest on this device.
 
     Raises:
         ConfigError: unknown backend, or one that cannot do what is asked.
     """
-    num_tokens = q_BHSd.shape[2]
+    num_tokens = k_BGSd.shape[2]
     if window is not None and window < 1:
         raise ConfigError(f"sliding window {window} must be at least 1 token, the token itself")
     if window is not None and window >= num_tokens:
@@ -55,7 +58,7 @@ def causal_attention(
     dtype = compute_dtype(q_BHSd)
     q_BHSd, k_BGSd, v_BGSd = q_BHSd.to(dtype), k_BGSd.to(dtype), v_BGSd.to(dtype)
     if backend == "auto":
-        backend = _default_backend(q_BHSd, window, document_ids_BS)
+        backend = _default_backend(q_BHSd, k_BGSd, window, document_ids_BS)
     if backend not in BACKENDS:
         raise ConfigError(
             f"attention backend {backend!r} does not exist; use one of auto, {', '.join(BACKENDS)}"
@@ -79,13 +82,14 @@ def attention_reference(
     k_BHSd = k_BGSd.repeat_interleave(groups, dim=1).to(wide)
     v_BHSd = v_BGSd.repeat_interleave(groups, dim=1).to(wide)
     scores_BHSS = q_BHSd.to(wide) @ k_BHSd.mT * q_BHSd.shape[-1] ** -0.5
-    position = torch.arange(q_BHSd.shape[2], device=q_BHSd.device)
-    distance_SS = position[:, None] - position[None, :]
+    num_queries, num_keys = q_BHSd.shape[2], k_BGSd.shape[2]
+    position = torch.arange(num_keys, device=q_BHSd.device)
+    distance_SS = position[-num_queries:, None] - position[None, :]
     hidden = distance_SS < 0
     if window is not None:
         hidden = hidden | (distance_SS >= window)
     if document_ids_BS is not None:
-        starts_BS = document_starts(document_ids_BS)
+        starts_BS = document_starts(document_ids_BS)[:, -num_queries:]
         hidden = hidden | (position < starts_BS[:, :, None])[:, None]
     probabilities = scores_BHSS.masked_fill(hidden, float("-inf")).softmax(dim=-1)
     return (probabilities @ v_BHSd).to(dtype)
@@ -106,7 +110,9 @@ def _blocked(
     window: int | None,
     document_ids_BS: Tensor | None,
 ) -> Tensor:
-    starts_BS = None if document_ids_BS is None else document_starts(document_ids_BS)
+    starts_BS = None
+    if document_ids_BS is not None:
+        starts_BS = document_starts(document_ids_BS)[:, -q_BHSd.shape[2] :]
     return blocked_attention(q_BHSd, k_BGSd, v_BGSd, window, starts_BS)
 
 
@@ -122,6 +128,11 @@ def _sdpa(
     if window is not None:
         raise ConfigError(
             'attention backend "sdpa" has no sliding window; use "auto" or "blocked" there'
+        )
+    if q_BHSd.shape[2] != k_BGSd.shape[2]:
+        raise ConfigError(
+            'attention backend "sdpa" has no keys before the first query, as context parallelism '
+            'needs them; use "auto" or "blocked" there'
         )
     if document_ids_BS is None:
         return _sdpa_call(q_BHSd, k_BGSd, v_BGSd)
@@ -167,8 +178,10 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, int | None, Tensor | None]
 }
 
 
-def _default_backend(q_BHSd: Tensor, window: int | None, document_ids_BS: Tensor | None) -> str:
-    if window is not None:
+def _default_backend(
+    q_BHSd: Tensor, k_BGSd: Tensor, window: int | None, document_ids_BS: Tensor | None
+) -> str:
+    if window is not None or q_BHSd.shape[2] != k_BGSd.shape[2]:
         return "blocked"
     if q_BHSd.device.type != "cpu":
         return "sdpa"

@@ -33,7 +33,8 @@ def blocked_attention(
 ) -> Tensor:
     """Causal attention, (B, H, S, d); see :func:`trinity.ops.attention.causal_attention`.
 
-    ``starts_BS`` is the position of the first token of each token's document.
+    ``starts_BS`` is, for each query, the position among the keys where its document starts. The
+    queries are the last of the positions that have keys.
     """
     tiling = _tiling(q_BHSd, k_BGSd, window)
     return _BlockedAttention.apply(q_BHSd, k_BGSd, v_BGSd, window, starts_BS, tiling)
@@ -43,7 +44,8 @@ class _Tile(NamedTuple):
     """Consecutive blocks of queries that are computed together.
 
     Block j holds the queries from ``first + j * rows`` on and is given ``num_keys`` keys from
-    ``first_key + j * rows`` on; some of them are hidden from some of its rows.
+    ``first_key + j * rows`` on; some of them are hidden from some of its rows. Queries and keys
+    are counted apart.
     """
 
     first: int
@@ -81,10 +83,14 @@ class _Tile(NamedTuple):
 class _View:
     """Who sees whom in one call, cut into tiles."""
 
-    def __init__(self, like: Tensor, window: int | None, starts_BS: Tensor | None) -> None:
+    def __init__(
+        self, like: Tensor, num_keys: int, window: int | None, starts_BS: Tensor | None
+    ) -> None:
         self.like = like
         self.num_tokens = like.shape[2]
-        self.reach = self.num_tokens if window is None else window
+        self.num_before = num_keys - self.num_tokens
+        """Keys before the first query's own."""
+        self.reach = num_keys if window is None else window
         self.starts_BS = starts_BS
         self.earliest_S = self.latest_S = [0] * self.num_tokens
         if starts_BS is not None:
@@ -101,18 +107,19 @@ class _View:
         first = 0
         while first < self.num_tokens:
             rows = min(block_rows, self.num_tokens - first)
-            first_key, num_blocks = first - history, 1
+            first_key, num_blocks = first + self.num_before - history, 1
             if first_key >= 0:
                 num_blocks = min(tile_blocks, (self.num_tokens - first) // rows)
             if num_blocks == 1:
                 earliest = self.earliest_S[first] // KEY_ALIGNMENT * KEY_ALIGNMENT
                 first_key = max(first_key, earliest)
-            yield _Tile(first, num_blocks, rows, first_key, first + rows - first_key)
+            num_keys = first + self.num_before + rows - first_key
+            yield _Tile(first, num_blocks, rows, first_key, num_keys)
             first += num_blocks * rows
 
     def hide(self, scores: Tensor, tile: _Tile) -> None:
         """Put -inf on unseen keys; scores (B, G, blocks, H / G, rows, keys)."""
-        offset, rows = tile.first - tile.first_key, tile.rows
+        offset, rows = tile.first + self.num_before - tile.first_key, tile.rows
         scores[..., offset:].add_(self._bias("after", 0, rows, rows))
         num_outside = offset + rows - self.reach
         if num_outside > 0:
@@ -167,7 +174,7 @@ class _BlockedAttention(torch.autograd.Function):
         k_NSd, v_NSd = k_BGSd.flatten(0, 1), v_BGSd.flatten(0, 1)
         out_BHSd = torch.empty_like(q_BHSd)
         num_groups = k_BGSd.shape[1]
-        view = _View(q_BHSd, window, starts_BS)
+        view = _View(q_BHSd, k_NSd.shape[1], window, starts_BS)
         saved: list[Tensor] = []
         saved_bytes = 0
         for tile in view.tiles(*tiling):
@@ -213,7 +220,7 @@ def _blocked_backward(ctx: Any, grad_BHSd: Tensor) -> tuple[Tensor, Tensor, Tens
     wide = accumulate_dtype(k_NSd.dtype)
     grad_k = k_NSd.new_zeros(k_NSd.shape, dtype=wide)
     grad_v = v_NSd.new_zeros(v_NSd.shape, dtype=wide)
-    view = _View(q_BHSd, ctx.window, starts_BS)
+    view = _View(q_BHSd, k_NSd.shape[1], ctx.window, starts_BS)
     for index, tile in enumerate(view.tiles(*ctx.tiling)):
         q_Nqd = tile.stacked_queries(q_BHSd, num_groups)
         grad_Nqd = tile.stacked_queries(grad_BHSd, num_groups)

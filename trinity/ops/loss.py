@@ -7,6 +7,7 @@ overwrites, and the gradient is formed from them in the forward, where they are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,15 @@ class VocabLoss(NamedTuple):
     """Sum of squared logsumexps of the logits."""
 
 
+class VocabularyShard(NamedTuple):
+    """This process holds some rows of the head; the others are with its peers."""
+
+    first_word: int
+    """Vocabulary entry of the first row that is here."""
+    gather: Callable[[Tensor], Tensor]
+    """Stacks a tensor of every peer along a new first dim."""
+
+
 @not_traced
 def linear_cross_entropy(
     x_TD: Tensor,
@@ -37,6 +47,7 @@ def linear_cross_entropy(
     z_loss: float,
     chunk_rows: int,
     ignore_index: int = -100,
+    shard: VocabularyShard | None = None,
 ) -> VocabLoss:
     """Cross-entropy of ``softmax(x @ weight^T)`` against ``target_T``, in sums.
 
@@ -52,6 +63,8 @@ def linear_cross_entropy(
         z_loss: coefficient of the squared logsumexp (PaLM's z-loss).
         chunk_rows: rows whose logits exist at a time.
         ignore_index: target value of rows that do not count.
+        shard: where ``weight_VD`` is only a part of the head. Every peer gets the whole loss; the
+            gradient of ``x_TD`` is then this part's share, to be summed over the peers.
     """
     x_TD = x_TD.to(compute_dtype(x_TD))
     # Read here: inside a node's forward gradients are always off.
@@ -62,6 +75,7 @@ def linear_cross_entropy(
         ignore_index,
         wants_x=recording and x_TD.requires_grad,
         wants_weight=recording and weight_VD.requires_grad,
+        shard=shard,
     )
     with exact_dtypes(x_TD):
         return VocabLoss(*_LinearCrossEntropy.apply(x_TD, weight_VD, target_T, settings))
@@ -91,6 +105,7 @@ class _Settings(NamedTuple):
     ignore_index: int
     wants_x: bool
     wants_weight: bool
+    shard: VocabularyShard | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -146,6 +161,7 @@ class _ChunkWalk:
         dtype, wide = x_ND.dtype, accumulate_dtype(x_ND.dtype)
         num_rows, num_words = min(settings.chunk_rows, len(x_ND)), weight_VD.shape[0]
         self.z_loss = settings.z_loss
+        self.shard = settings.shard
         self.weight_VD = weight_VD
         self.logits = x_ND.new_empty(num_rows, num_words)
         self.wide = (
@@ -167,11 +183,26 @@ class _ChunkWalk:
         if wide.dtype != logits.dtype:
             wide.copy_(logits)
         highest_C = wide.amax(1)
+        target_C, is_here_C = self._own_words(target_C)
         picked_C = wide.gather(1, target_C.unsqueeze(1)).squeeze(1)
         torch.softmax(wide, 1, out=wide)  # in place: the kernel has read a row before it writes it
         # The likeliest word has p = 1 / sum(exp(logit - highest)), which never underflows.
-        torch.sub(highest_C, wide.amax(1).log_(), out=self.lse_N[rows])
-        torch.sub(self.lse_N[rows], picked_C, out=self.cross_entropy_N[rows])
+        lse_C = highest_C - wide.amax(1).log_()
+        if self.shard is not None:
+            own_C = lse_C
+            every = self.shard.gather(torch.stack((own_C, picked_C * is_here_C)))
+            lse_C, picked_C = every[:, 0].logsumexp(0), every[:, 1].sum(0)
+            wide.mul_((own_C - lse_C).exp_().unsqueeze(1))
+        self.lse_N[rows] = lse_C
+        torch.sub(lse_C, picked_C, out=self.cross_entropy_N[rows])
+
+    def _own_words(self, target_C: Tensor) -> tuple[Tensor, Tensor | bool]:
+        """Targets as rows of the weights that are here, and which of them really are."""
+        if self.shard is None:
+            return target_C, True
+        own_C = target_C - self.shard.first_word
+        is_here_C = (own_C >= 0) & (own_C < self.weight_VD.shape[0])
+        return own_C.where(is_here_C, 0), is_here_C
 
     def gradient(self, rows: slice, x_CD: Tensor, target_C: Tensor) -> None:
         """Turn the probabilities in ``wide`` into this chunk's share of the gradients."""
@@ -179,7 +210,11 @@ class _ChunkWalk:
         p_CV, low_CV = self.wide[:num_rows], self.logits[:num_rows]
         factor_C1 = (self.lse_N[rows] * (2.0 * self.z_loss)).add_(1.0).unsqueeze(1)
         factor_C1.masked_fill_(factor_C1 == 0, torch.finfo(factor_C1.dtype).tiny)
-        p_CV.scatter_add_(1, target_C.unsqueeze(1), factor_C1.reciprocal().neg_())
+        target_C, is_here_C = self._own_words(target_C)
+        minus_C1 = factor_C1.reciprocal().neg_()
+        if self.shard is not None:
+            minus_C1 *= torch.as_tensor(is_here_C).unsqueeze(1)
+        p_CV.scatter_add_(1, target_C.unsqueeze(1), minus_C1)
         if low_CV.dtype != p_CV.dtype:
             low_CV.copy_(p_CV)
         if self.grad_x is not None:

@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from trinity.core.config import OptimConfig
 from trinity.core.errors import ConfigError
+from trinity.core.sharding import local_tensor
+from trinity.optim.exchange import GroupOfAxes
 from trinity.optim.muon import Muon, lr_scale
 
 MATRIX = "matrix"
@@ -32,7 +35,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("*.ffn.experts.down", MATRIX),
 )
 DECAYED_KINDS = frozenset({MATRIX, ROUTER})
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 class ParameterRow(NamedTuple):
@@ -107,16 +110,26 @@ def render_table(rows: list[ParameterRow]) -> Table:
 
 
 class OptimizerSet:
-    """Muon and AdamW behind one interface, with state addressed by parameter name."""
+    """Muon and AdamW behind one interface, with state addressed by parameter name.
+
+    Parameters may be DTensors. AdamW then works on their local parts, since it treats every element
+    alike; the state it reports is sharded like the parameters.
+    """
 
     def __init__(
-        self, named_parameters: Mapping[str, Tensor], rows: list[ParameterRow], config: OptimConfig
+        self,
+        named_parameters: Mapping[str, Tensor],
+        rows: list[ParameterRow],
+        config: OptimConfig,
+        group_of_axes: GroupOfAxes | None = None,
     ) -> None:
         self.rows = rows
         """The parameter table."""
-        self._names = {parameter: name for name, parameter in named_parameters.items()}
+        self.parameters = dict(named_parameters)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        muon = [named_parameters[row.name] for row in rows if row.optimizer == "muon"]
+        self._in_adamw: dict[str, Tensor] = {}
+        """Name to what AdamW knows the parameter as."""
+        muon = [self.parameters[row.name] for row in rows if row.optimizer == "muon"]
         if muon:
             self.optimizers["muon"] = Muon(
                 muon,
@@ -127,19 +140,20 @@ class OptimizerSet:
                 coefficients=config.muon.coefficients,
                 num_iterations=config.muon.num_iterations,
                 dtype=DTYPES[config.muon.dtype],
+                group_of_axes=group_of_axes,
             )
         adamw = [row for row in rows if row.optimizer == "adamw"]
         if adamw:
-            decays = sorted({row.weight_decay for row in adamw})
+            self._in_adamw = {row.name: local_tensor(self.parameters[row.name]) for row in adamw}
             self.optimizers["adamw"] = torch.optim.AdamW(
                 [
                     {
                         "params": [
-                            named_parameters[row.name] for row in adamw if row.weight_decay == decay
+                            self._in_adamw[row.name] for row in adamw if row.weight_decay == decay
                         ],
                         "weight_decay": decay,
                     }
-                    for decay in decays
+                    for decay in sorted({row.weight_decay for row in adamw})
                 ],
                 lr=config.adamw.lr,
                 betas=(config.adamw.beta1, config.adamw.beta2),
@@ -165,38 +179,50 @@ class OptimizerSet:
 
     def step(self) -> None:
         """Move every parameter."""
+        for name, part in self._in_adamw.items():
+            gradient = self.parameters[name].grad
+            part.grad = None if gradient is None else local_tensor(gradient)
         for optimizer in self.optimizers.values():
             optimizer.step()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        for tensor in (*self.parameters.values(), *self._in_adamw.values()):
+            tensor.grad = None
+
+    def state_bytes(self) -> int:
+        """Memory of the state on this rank."""
+        return sum(local_tensor(tensor).nbytes for tensor in self.state_dict().values())
+
+    def exchanged_bytes(self) -> int:
+        """Bytes that Muon has sent to other ranks since the last call."""
+        muon = self.optimizers.get("muon")
+        return muon.exchanged_bytes() if isinstance(muon, Muon) else 0
 
     def init_state(self) -> None:
         """Create all state tensors as they are before the first step, ready to be loaded into."""
-        for optimizer in self.optimizers.values():
-            if isinstance(optimizer, Muon):
-                optimizer.init_state()
-                continue
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if not optimizer.state[parameter]:
-                        optimizer.state[parameter] = {
-                            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                            "exp_avg": torch.zeros_like(parameter),
-                            "exp_avg_sq": torch.zeros_like(parameter),
-                        }
+        muon, adamw = self.optimizers.get("muon"), self.optimizers.get("adamw")
+        if isinstance(muon, Muon):
+            muon.init_state()
+        for part in self._in_adamw.values():
+            assert adamw is not None
+            if not adamw.state[part]:
+                adamw.state[part] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=part.device),
+                    "exp_avg": torch.zeros_like(part),
+                    "exp_avg_sq": torch.zeros_like(part),
+                }
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state as ``<parameter name>.<state name>`` -> tensor; nothing but tensors."""
         self.init_state()
-        return {
-            f"{self._names[parameter]}.{key}": value
-            for optimizer in self.optimizers.values()
-            for parameter, state in optimizer.state.items()
-            for key, value in state.items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for row in self.rows:
+            parameter = self.parameters[row.name]
+            known_as = self._in_adamw.get(row.name, parameter)
+            for key, value in self.optimizers[row.optimizer].state[known_as].items():
+                tensors[f"{row.name}.{key}"] = _sharded_like(parameter, value)
+        return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Copy state back in place. Raises ConfigError when the names differ."""
@@ -209,10 +235,28 @@ class OptimizerSet:
             )
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+                local_tensor(tensor).copy_(local_tensor(tensors[name]))
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> OptimizerSet:
+def _sharded_like(parameter: Tensor, state: Tensor) -> Tensor:
+    """The same memory, as a DTensor where the parameter is one. Counters stay plain."""
+    if isinstance(state, DTensor) or not isinstance(parameter, DTensor) or state.ndim == 0:
+        return state
+    return DTensor.from_local(
+        state,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def build_optimizers(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    config: OptimConfig,
+    group_of_axes: GroupOfAxes | None = None,
+) -> OptimizerSet:
     """The optimizers of a model, every parameter in exactly one of them."""
-    named = dict(model.named_parameters())
-    return OptimizerSet(named, parameter_table(named.items(), config), config)
+    named = dict(named_parameters)
+    return OptimizerSet(named, parameter_table(named.items(), config), config, group_of_axes)

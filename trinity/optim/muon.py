@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from trinity.core.sharding import local_tensor
 from trinity.ops.newton_schulz import orthogonalize, quintics
+from trinity.optim.exchange import GroupOfAxes, MatrixExchange, matrix_axes, split_evenly
 
 MAX_BUCKET_ELEMENTS = 1 << 26
 """Elements orthogonalised in one call: bounds the working memory (about 5 copies)."""
@@ -28,7 +31,8 @@ class Muon(torch.optim.Optimizer):
 
     Weights are (..., out, in): leading dims are a batch of matrices, so a stack of experts
     (E, 2, F, D) is E * 2 matrices, each orthogonalised apart. Matrices of one shape share a call.
-    Momentum is fp32, or fp64 for fp64 weights.
+    Momentum is fp32, or fp64 for fp64 weights; it is sharded like the weight. Shards of whole
+    matrices stay where they are; other shards travel (:mod:`trinity.optim.exchange`).
     """
 
     def __init__(
@@ -42,7 +46,9 @@ class Muon(torch.optim.Optimizer):
         coefficients: str = "trinity",
         num_iterations: int = 5,
         dtype: torch.dtype = torch.bfloat16,
+        group_of_axes: GroupOfAxes | None = None,
     ) -> None:
+        """``group_of_axes`` is needed where weights are sharded within their matrices."""
         quintics(coefficients, num_iterations)  # an unknown name fails here, not in step 1
         defaults = {
             "lr": lr,
@@ -58,6 +64,8 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.ndim < 2:
                     raise ValueError(f"Muon takes matrices, got shape {tuple(parameter.shape)}")
+        self._group_of_axes = group_of_axes
+        self._exchanges: dict[Any, MatrixExchange] = {}
 
     def init_state(self) -> None:
         """Create the momentum of every parameter, so that a checkpoint can be loaded into it."""
@@ -73,35 +81,68 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            buckets: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+            buckets: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    buckets[tuple(parameter.shape[-2:])].append(parameter)
-            for parameters in buckets.values():
-                for part in _split(parameters):
-                    self._step_bucket(part, group)
+                    buckets[_bucket_key(parameter)].append(parameter)
+            for turn, parameters in enumerate(buckets.values()):
+                exchange = self._exchange(parameters[0])
+                sizes = [_work_elements(p, exchange) for p in parameters]
+                for part in split_evenly(sizes, MAX_BUCKET_ELEMENTS):
+                    self._step_bucket(parameters[part], group, exchange, turn)
         return loss
 
-    def _step_bucket(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        rows, columns = parameters[0].shape[-2:]
+    def exchanged_bytes(self) -> int:
+        """Bytes this rank has sent to others since the last call."""
+        total = sum(exchange.num_bytes for exchange in self._exchanges.values())
+        for exchange in self._exchanges.values():
+            exchange.num_bytes = 0
+        return total
+
+    def _step_bucket(
+        self,
+        parameters: list[Tensor],
+        group: dict[str, Any],
+        exchange: MatrixExchange | None,
+        turn: int,
+    ) -> None:
+        local = [local_tensor(parameter) for parameter in parameters]
+        rows, columns = local[0].shape[-2:]
         directions = [self._direction(p, group) for p in parameters]
-        stack = torch.cat([u.reshape(-1, rows, columns) for u in directions])
-        update = orthogonalize(
-            stack,
-            coefficients=group["coefficients"],
-            num_iterations=group["num_iterations"],
-            dtype=group["dtype"],
+        num_matrices = [tensor.shape[:-2].numel() for tensor in local]
+        stack = torch.cat(
+            [u.reshape(n, rows, columns) for u, n in zip(directions, num_matrices, strict=True)]
         )
+        if exchange is None:
+            update = _orthogonalize(stack, group)
+        else:
+            owned = exchange.owned(len(stack), turn)
+            whole = exchange.collect(stack.to(group["dtype"]), owned)
+            whole = _orthogonalize(whole, group)
+            update = exchange.give_back(whole, owned, stack)
         lr = float(group["lr"])
-        num_matrices = [p.numel() // (rows * columns) for p in parameters]
-        for parameter, part in zip(parameters, update.split(num_matrices), strict=True):
-            parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(part.reshape(parameter.shape), alpha=-lr * lr_scale(rows, columns))
+        scale = lr_scale(*parameters[0].shape[-2:])
+        for tensor, part in zip(local, update.split(num_matrices), strict=True):
+            tensor.mul_(1 - lr * group["weight_decay"])
+            tensor.add_(part.reshape(tensor.shape), alpha=-lr * scale)
+
+    def _exchange(self, parameter: Tensor) -> MatrixExchange | None:
+        """None where every matrix is whole on this rank."""
+        axes = matrix_axes(parameter)
+        if not axes:
+            return None
+        key = _bucket_key(parameter)
+        if key not in self._exchanges:
+            assert isinstance(parameter, DTensor)
+            assert self._group_of_axes is not None
+            group = self._group_of_axes(parameter, axes)
+            self._exchanges[key] = MatrixExchange(parameter, axes, group)
+        return self._exchanges[key]
 
     def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         assert parameter.grad is not None
-        momentum = self._momentum(parameter)
-        gradient = parameter.grad.to(momentum.dtype)
+        momentum = local_tensor(self._momentum(parameter))
+        gradient = local_tensor(parameter.grad).to(momentum.dtype)
         momentum.mul_(group["momentum"]).add_(gradient)
         if group["nesterov"]:
             return gradient.add(momentum, alpha=group["momentum"])
@@ -115,14 +156,28 @@ class Muon(torch.optim.Optimizer):
         return state["momentum"]
 
 
-def _split(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """Group parameters of one matrix shape so that no group exceeds the bucket size by much."""
-    parts: list[list[Tensor]] = [[]]
-    num_elements = 0
-    for parameter in parameters:
-        if parts[-1] and num_elements + parameter.numel() > MAX_BUCKET_ELEMENTS:
-            parts.append([])
-            num_elements = 0
-        parts[-1].append(parameter)
-        num_elements += parameter.numel()
-    return parts
+def _orthogonalize(stack: Tensor, group: dict[str, Any]) -> Tensor:
+    return orthogonalize(
+        stack,
+        coefficients=group["coefficients"],
+        num_iterations=group["num_iterations"],
+        dtype=group["dtype"],
+    )
+
+
+def _work_elements(parameter: Tensor, exchange: MatrixExchange | None) -> int:
+    """Elements that one rank orthogonalises for this tensor; the same on all ranks that share."""
+    num_matrices = local_tensor(parameter).shape[:-2].numel()
+    num_elements = num_matrices * parameter.shape[-2:].numel()
+    return num_elements if exchange is None else num_elements // exchange.num_ranks
+
+
+def _bucket_key(parameter: Tensor) -> Any:
+    """Tensors with equal keys have matrices of one shape, sharded in one way."""
+    shape = tuple(parameter.shape[-2:])
+    axes = matrix_axes(parameter)
+    if not axes:
+        return shape
+    assert isinstance(parameter, DTensor)
+    # Placements count dims from the front: a stack of matrices is sharded in its own way.
+    return shape, parameter.ndim, parameter.device_mesh, parameter.placements, axes

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
-
-import torch
-from torch import Tensor
 
 
 class RampPoint(Protocol):
@@ -70,22 +67,3 @@ def rows_before_step(step: int, rows_per_step: int, ramp: Sequence[RampPoint]) -
     rates = [rows_per_step, *(point.rows_per_step for point in ramp)]
     spans = zip(pairwise(edges), rates, strict=True)
     return sum((end - start) * rate for (start, end), rate in spans)
-
-
-@torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients so that their global 2-norm is at most ``max_norm``.
-
-    Returns the norm before clipping, at least fp32; nothing waits for the device. A limit of
-    infinity measures only.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    widest = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
-    norms = torch._foreach_norm(gradients, 2.0, dtype=widest)
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    if math.isfinite(max_norm):
-        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor)
-    return total

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 RecomputeMode = Literal["none", "selective", "full"]
 
@@ -34,7 +33,7 @@ KEPT_OPS = frozenset(
 )
 
 
-def apply_recompute(blocks: nn.ModuleList, mode: RecomputeMode) -> None:
+def apply_recompute(blocks: Iterable[nn.Module], mode: RecomputeMode) -> None:
     """Make every block keep its input only ("full") or also its products ("selective").
 
     The bound ``forward`` of each block is replaced, so parameter names stay as they are. The
@@ -55,14 +54,74 @@ def apply_recompute(blocks: nn.ModuleList, mode: RecomputeMode) -> None:
                 checkpoint,
                 partial(_cast_afresh, block.forward),
                 use_reentrant=False,
-                context_fn=partial(create_selective_checkpoint_contexts, _keep_products),
+                context_fn=_keep_products,
             )
 
 
-def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op in KEPT_OPS:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+def _keep_products() -> tuple[_Keep, _Replay]:
+    """What surrounds the forward and its replay.
+
+    PyTorch's own selective checkpointing counts every operation, and takes those of FSDP2's hooks
+    on modules inside the block, which differ in the replay, for a mistake.
+    """
+    kept: dict[Any, list[_Kept]] = defaultdict(list)
+    return _Keep(kept), _Replay(kept)
+
+
+class _Kept(NamedTuple):
+    """A result, and the versions its tensors had: it must not be written to afterwards."""
+
+    tensors: Any
+    versions: list[int]
+
+
+class _Mode(TorchDispatchMode):
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code goes on being compiled inside; what it computes is not seen here."""
+        return True
+
+
+class _Keep(_Mode):
+    """Remembers the results of ``KEPT_OPS`` in the order they are made."""
+
+    def __init__(self, kept: dict[Any, list[_Kept]]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        if op in KEPT_OPS:
+            # Detached: autograd is about to make the result itself part of its graph.
+            tensors = tree_map_only(Tensor, Tensor.detach, result)
+            self.kept[op].append(_Kept(tensors, _versions(tensors)))
+        return result
+
+
+class _Replay(_Mode):
+    """Hands the remembered results back, in order, as often as it is entered."""
+
+    def __init__(self, kept: dict[Any, list[_Kept]]) -> None:
+        super().__init__()
+        self.kept = kept
+        self.next: dict[Any, int] = {}
+
+    def __enter__(self) -> Any:
+        self.next = defaultdict(int)
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op not in KEPT_OPS:
+            return op(*args, **(kwargs or {}))
+        number = self.next[op]
+        self.next[op] += 1
+        kept = self.kept[op][number]
+        assert _versions(kept.tensors) == kept.versions, f"a result of {op} was written to"
+        return tree_map_only(Tensor, Tensor.detach, kept.tensors)
+
+
+def _versions(tensors: Any) -> list[int]:
+    return [t._version for t in tree_leaves(tensors) if isinstance(t, Tensor)]
 
 
 def _cast_afresh(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from trinity.core import job
 from trinity.core.config import Config
 from trinity.core.errors import ConfigError
 from trinity.core.load_config import load_config
@@ -42,13 +43,18 @@ def pretrain_command(arguments: Sequence[str], run_dir: Path | None, resume: Pat
             f"give one configuration file, got {files}; for instance configs/tiny.toml"
         )
     else:
-        config = load_config(files[0], overrides)
-        directory = run_dir or default_run_directory(config)
-        create_run_directory(directory, config)
-    run = pretrain(config, directory, resume=resume is not None)
-    if run.step < config.train.num_steps:
-        return SAVED_AND_STOPPED_EXIT_CODE
-    summarize(run)
+        config, directory = load_config(files[0], overrides), run_dir
+    with job.joined(config.train.device, timeout_s=config.parallel.timeout_s) as device:
+        if resume is None:
+            directory = job.from_first(directory or default_run_directory(config))
+            if job.is_first():
+                create_run_directory(directory, config)
+        assert directory is not None
+        run = pretrain(config, directory, device, resume=resume is not None)
+        if run.step < config.train.num_steps:
+            return SAVED_AND_STOPPED_EXIT_CODE
+        if job.is_first():
+            summarize(run)
     return 0
 
 
@@ -65,8 +71,9 @@ def summarize(run: Run) -> None:
     max_vio = read_metrics(run.directory, "train")[-1]["max_vio"]
     shown = "  ".join(f"{value:.2f}" for value in max_vio)
     console.print(f"MaxVio per expert layer: {shown}", markup=False)
-    if run.config.train.sample_prompt:
-        text = sample_text(run, SAMPLE_TOKENS)
+    model = run.model.language_model
+    if run.config.train.sample_prompt and model is not None:
+        text = sample_text(run, model, SAMPLE_TOKENS)
         console.print(f"sample:\n{text}", markup=False)
     console.print(f"run: {run.directory}", markup=False)
 

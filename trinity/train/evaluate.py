@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
-from trinity.core.config import Config
-from trinity.data.loader import IGNORED_TARGET, Batch
-from trinity.models.lm import LanguageModel
-from trinity.train.step import microbatch_loss
+from trinity.core.batch import IGNORED_TARGET, Batch
+from trinity.parallel.model import ParallelModel, own_share
 
 
-@torch.no_grad()
-def validation_loss(model: LanguageModel, batches: Iterable[Batch], config: Config) -> float:
-    """Cross-entropy in nats per valid token over all batches; no z or balance term."""
-    total, num_valid_tokens = 0.0, 0
-    for batch in batches:
-        total += float(microbatch_loss(model, batch, config).cross_entropy)
-        num_valid_tokens += int((batch.targets_BS != IGNORED_TARGET).sum())
-    return total / max(num_valid_tokens, 1)
+def validation_loss(model: ParallelModel, batches: Sequence[Batch]) -> float:
+    """Cross-entropy in nats per valid token over all batches; no z or balance term.
+
+    The batches are shared out among data-parallel ranks; every rank gets the result.
+    """
+    mine = own_share(batches, model.dp_rank, model.layout.dp)
+    model.pipeline.forward([model.local_batch(batch) for batch in mine])
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for stage in model.stages:
+        for loss in stage.take_losses():
+            total += loss.cross_entropy.double() / model.layout.tp
+    num_valid_tokens = sum(int((b.targets_BS != IGNORED_TARGET).sum()) for b in batches)
+    return float(model.add_up(total)) / max(num_valid_tokens, 1)

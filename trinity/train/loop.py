@@ -5,75 +5,76 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
+
+from trinity.core import job
 from trinity.core.config import Config
 from trinity.core.runtime import StopSignal, peak_flops, set_threads
-from trinity.data.loader import Batch
 from trinity.models.flops import train_flops_per_token
+from trinity.models.lm import LanguageModel
 from trinity.nn.balance import max_violation
-from trinity.optim.groups import render_table
-from trinity.optim.schedule import lr_factor, rows_at_step
+from trinity.optim.groups import parameter_table, render_table
 from trinity.train.evaluate import validation_loss
 from trinity.train.metrics import MetricsWriter, Reporter
 from trinity.train.profile import step_profiler
-from trinity.train.run import DONE_FILE, Run, open_run
+from trinity.train.run import DONE_FILE, HEARTBEAT_FILE, Run, open_run
 from trinity.train.step import StepResult, train_step
 
 
-def pretrain(config: Config, directory: Path, *, resume: bool = False) -> Run:
+def pretrain(config: Config, directory: Path, device: torch.device, *, resume: bool = False) -> Run:
     """Train to ``train.num_steps``, or until SIGTERM/SIGUSR1; returns the run where it stopped.
 
+    Every process of the job calls it; the first keeps the record and talks. A signal to one of them
+    stops all after the same step.
     ``run.step < train.num_steps`` in the result means that a signal stopped it; its state is saved.
     """
     set_threads(config.train.num_threads)
-    run = open_run(config, directory, resume=resume)
+    run = open_run(config, directory, device, resume=resume)
     last_step = config.train.num_steps
-    writer = MetricsWriter(directory, start_step=run.step, tensorboard=config.log.tensorboard)
+    quiet = not job.is_first()
+    writer = MetricsWriter(
+        directory, start_step=run.step, tensorboard=config.log.tensorboard, quiet=quiet
+    )
     peak = peak_flops(run.device, config.train.precision)
-    profiler = step_profiler(directory, config.train.profile_steps)
-    reporter = Reporter(num_steps=last_step, start_step=run.step)
+    profiler = step_profiler(directory, 0 if quiet else config.train.profile_steps)
+    reporter = Reporter(num_steps=last_step, start_step=run.step, quiet=quiet)
     with StopSignal().installed() as stop, writer, reporter, profiler as trace:
         for warning in run.warnings:
             reporter.say(f"warning: {warning}")
         if run.step == 0:
-            reporter.show(render_table(run.optimizers.rows))
+            whole = LanguageModel.on_meta(config.model).named_parameters()
+            reporter.show(render_table(parameter_table(whole, config.optim)))
         if run.step == 0 and config.train.validate_every_steps:
             _validate(run, writer, reporter)
-        while run.step < last_step and not stop:
+        stopping = False
+        while run.step < last_step and not stopping:
             start_s = time.perf_counter()
-            result = train_step(run.model, run.optimizers, _next_microbatches(run), config)
+            result = train_step(
+                run.model, run.optimizers, run.next_microbatches(), config, stopping=bool(stop)
+            )
             run.advance(result.num_tokens)
+            stopping = result.num_stopping > 0
             trace.step()
+            _heartbeat(run)
             _record_step(run, result, time.perf_counter() - start_s, peak, writer, reporter)
             if _is_due(config.train.validate_every_steps, run.step, last_step):
                 _validate(run, writer, reporter)
             if _is_due(config.checkpoint.every_steps, run.step, last_step):
                 run.save()
         saved = run.save()
-        if stop.received is not None:
-            reporter.say(f"{stop.received.name}: saved {saved}, stopping")
-    if run.step == last_step:
+        if stopping:
+            reason = "another rank" if stop.received is None else stop.received.name
+            reporter.say(f"{reason}: saved {saved}, stopping")
+    job.barrier()
+    if run.step == last_step and job.is_first():
         (directory / DONE_FILE).write_text(f"{run.step}\n", encoding="utf-8")
     return run
 
 
-def _next_microbatches(run: Run) -> list[Batch]:
-    """The rows of the next step, split; also sets the step's learning rates."""
-    config = run.config
-    factor = lr_factor(
-        run.step,
-        shape=config.schedule.shape,
-        warmup_steps=config.schedule.warmup_steps,
-        num_steps=config.train.num_steps,
-        decay_steps=config.schedule.decay_steps,
-        final_fraction=config.schedule.final_fraction,
-        decay_shape=config.schedule.decay_shape,
-    )
-    run.optimizers.set_lr(factor)
-    num_rows = rows_at_step(run.step, config.batch.rows_per_step, config.batch.ramp)
-    batch = run.loader.next_rows(num_rows)
-    size = config.batch.microbatch_rows
-    parts = [Batch(*(field[i : i + size] for field in batch)) for i in range(0, num_rows, size)]
-    return list(run.on_device(parts))
+def _heartbeat(run: Run) -> None:
+    """Tell watchdogs that a step was made: the file's age and content change."""
+    if job.is_first():
+        (run.directory / HEARTBEAT_FILE).write_text(f"{run.step}\n", encoding="utf-8")
 
 
 def _is_due(every_steps: int, step: int, last_step: int) -> bool:
@@ -93,6 +94,7 @@ def _record_step(
     if not _is_due(config.log.every_steps, run.step, config.train.num_steps):
         return
     tokens_per_s = result.num_tokens / step_s
+    total_peak = peak * job.world_size() if peak else None
     flops_per_token = train_flops_per_token(config.model, config.batch.sequence_length)
     max_vio_L = max_violation(result.load_LE.float())
     values = {
@@ -107,7 +109,8 @@ def _record_step(
         "num_tokens_seen": run.num_tokens_seen,
         "tokens_per_s": tokens_per_s,
         "step_s": step_s,
-        "mfu": tokens_per_s * flops_per_token / peak if peak else None,
+        "mfu": tokens_per_s * flops_per_token / total_peak if total_peak else None,
+        "muon_exchange_bytes": run.optimizers.exchanged_bytes(),
         "max_vio": max_vio_L.tolist(),
         "load": result.load_LE.tolist(),
     }
@@ -121,10 +124,7 @@ def _record_step(
 
 
 def _validate(run: Run, writer: MetricsWriter, reporter: Reporter) -> None:
-    losses = {
-        name: validation_loss(run.model, run.on_device(batches), run.config)
-        for name, batches in run.validation.items()
-    }
+    losses = {name: validation_loss(run.model, batches) for name, batches in run.validation.items()}
     mean = sum(losses.values()) / len(losses)
     writer.write("validation", run.step, {"loss": mean, **losses})
     reporter.say(f"step {run.step:>6}  validation loss {mean:.4f}")

@@ -26,11 +26,17 @@ class MetricsWriter:
     line included, so that the file always reads as one uninterrupted run.
     """
 
-    def __init__(self, run_dir: Path, *, start_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, run_dir: Path, *, start_step: int, tensorboard: bool, quiet: bool = False
+    ) -> None:
+        """``quiet`` writes nothing: of the processes of a job, only the first keeps the record."""
         self.path = run_dir / METRICS_FILE
+        self._tensorboard = None
+        self._file = None
+        if quiet:
+            return
         _truncate_after(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -40,6 +46,8 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record ``values`` under ``kind`` ("train", "validation", "event") at ``step``."""
+        if self._file is None:
+            return
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
@@ -55,7 +63,8 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         """Flush and close both sinks."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -90,8 +99,8 @@ def _truncate_after(path: Path, step: int) -> None:
 class Reporter:
     """Tells a person how the run goes: a progress bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, *, num_steps: int, start_step: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, *, num_steps: int, start_step: int, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._progress: Progress | None = None
         if not self.console.is_terminal:
             self.console.width = PLAIN_WIDTH

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,20 +14,22 @@ import torch
 from torch import Tensor
 
 from trinity.ckpt.store import clean_stale, latest_checkpoint, load_checkpoint, save_checkpoint
+from trinity.core import job
+from trinity.core.batch import Batch
 from trinity.core.config import Config
 from trinity.core.errors import CheckpointError, ConfigError, DataError
 from trinity.core.load_config import dump_config, load_config
-from trinity.core.runtime import choose_device
 from trinity.data.build import Dataset, build_dataset
-from trinity.data.loader import Batch, Loader, held_out_rows
-from trinity.models.lm import LanguageModel
+from trinity.data.loader import Loader, held_out_rows
 from trinity.optim.groups import OptimizerSet, build_optimizers
-from trinity.optim.schedule import rows_at_step, rows_before_step
-from trinity.parallel.recompute import apply_recompute
+from trinity.optim.schedule import lr_factor, rows_at_step, rows_before_step
+from trinity.parallel.mesh import Meshes, check_layout, layout_for
+from trinity.parallel.model import ParallelModel
 
 CONFIG_FILE = "config.toml"
 RECORD_FILE = "run.json"
 DONE_FILE = "DONE"
+HEARTBEAT_FILE = "heartbeat"
 TOKENIZER_DIR = "tokenizer"
 
 
@@ -40,7 +41,7 @@ class Run:
     directory: Path
     device: torch.device
     dataset: Dataset
-    model: LanguageModel
+    model: ParallelModel
     optimizers: OptimizerSet
     loader: Loader
     validation: dict[str, list[Batch]]
@@ -59,10 +60,26 @@ class Run:
         named["rng.cpu"] = torch.get_rng_state()
         return named
 
-    def on_device(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches, on the run's device."""
-        for batch in batches:
-            yield Batch(*(field.to(self.device) for field in batch))
+    def next_microbatches(self) -> list[Batch]:
+        """This rank's rows of the next step, split; also sets the step's learning rates."""
+        config = self.config
+        factor = lr_factor(
+            self.step,
+            shape=config.schedule.shape,
+            warmup_steps=config.schedule.warmup_steps,
+            num_steps=config.train.num_steps,
+            decay_steps=config.schedule.decay_steps,
+            final_fraction=config.schedule.final_fraction,
+            decay_shape=config.schedule.decay_shape,
+        )
+        self.optimizers.set_lr(factor)
+        num_rows = rows_at_step(self.step, config.batch.rows_per_step, config.batch.ramp)
+        batch = self.loader.next_rows(num_rows)
+        size = config.batch.microbatch_rows
+        return [
+            self.model.local_batch(Batch(*(field[i : i + size] for field in batch)))
+            for i in range(0, len(batch.tokens_BS), size)
+        ]
 
     def save(self) -> Path:
         """Checkpoint the current step, unless that is done; see :mod:`trinity.ckpt.store`."""
@@ -105,8 +122,7 @@ class Run:
                 f"{found}: saved with data fingerprint {meta['data_fingerprint']}, but the sources "
                 f"now give {self.dataset.fingerprint}; bring the old sources back or start anew"
             )
-        self.model.load_state_dict(_with_prefix(tensors, "model."))
-        self.optimizers.load_state_dict(_with_prefix(tensors, "optim."))
+        # Parameters, buffers and optimizer state were read into their own memory.
         self.loader.load_state(
             {name: t.numpy() for name, t in _with_prefix(tensors, "data.").items()}
         )
@@ -114,7 +130,8 @@ class Run:
         self.step = int(meta["step"])
         self.num_tokens_seen = int(meta["num_tokens_seen"])
         self.saved = found
-        self._keep_config()
+        if job.is_first():
+            self._keep_config()
 
     def _keep_config(self) -> None:
         """Make the saved configuration the effective one; what held until now is kept beside it."""
@@ -129,17 +146,19 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def open_run(config: Config, directory: Path, *, resume: bool) -> Run:
-    """Build data, model and optimizers for ``directory``, and restore its state if asked to."""
-    device = choose_device(config.train.device)
-    clean_stale(directory)
+def open_run(config: Config, directory: Path, device: torch.device, *, resume: bool) -> Run:
+    """Build data, model and optimizers for ``directory``, and restore its state if asked to.
+
+    Every process of the job calls it.
+    """
+    layout = layout_for(config.parallel, job.world_size())
+    check_layout(config, layout)
+    if job.is_first():
+        clean_stale(directory)
     torch.manual_seed(config.seed)
-    dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
-    model = LanguageModel.initialized(config.model, seed=config.seed).to(device)
-    if config.train.compile:  # before recompute, which would hide the blocks from the compiler
-        for layer in model.backbone.layers:
-            layer.forward = torch.compile(layer.forward)
-    apply_recompute(model.backbone.layers, config.train.recompute)
+    dataset = _shared_dataset(config)
+    meshes = Meshes(layout, device.type) if job.world_size() > 1 else None
+    model = ParallelModel.build(config, meshes, device)
     validation = held_out_rows(
         dataset,
         config.batch.sequence_length,
@@ -157,26 +176,36 @@ def open_run(config: Config, directory: Path, *, resume: bool) -> Run:
         device=device,
         dataset=dataset,
         model=model,
-        optimizers=build_optimizers(model, config.optim),
-        loader=_make_loader(config, dataset),
+        optimizers=build_optimizers(model.named_parameters(), config.optim, model.group_of_axes),
+        loader=_make_loader(config, dataset, rank=model.dp_rank, world_size=layout.dp),
         validation=validation,
     )
     if resume:
         run.restore()
-    else:
+    elif job.is_first():
         dataset.tokenizer.save(directory / TOKENIZER_DIR)
         _write_record(run)
     return run
 
 
-def _make_loader(config: Config, dataset: Dataset) -> Loader:
+def _shared_dataset(config: Config) -> Dataset:
+    """One process of each machine builds the shards, the others find them built."""
+    if not job.is_first_of_node():
+        job.barrier()
+    dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
+    if job.is_first_of_node():
+        job.barrier()
+    return dataset
+
+
+def _make_loader(config: Config, dataset: Dataset, *, rank: int = 0, world_size: int = 1) -> Loader:
     return Loader(
         dataset,
         config.data,
         sequence_length=config.batch.sequence_length,
         seed=config.seed,
-        rank=0,
-        world_size=1,
+        rank=rank,
+        world_size=world_size,
     )
 
 
@@ -216,6 +245,8 @@ def _write_record(run: Run) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": str(run.device),
+        "world_size": job.world_size(),
+        "layout": str(run.model.layout),
         "num_threads": torch.get_num_threads(),
     }
     (run.directory / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -11,21 +11,22 @@ from trinity.ckpt.load import load
 from trinity.core.errors import ConfigError
 from trinity.data.tokenizer import Tokenizer
 from trinity.models.generate import generate, stream_tokens
+from trinity.models.lm import LanguageModel
 from trinity.train.run import Run
 
 SAMPLE_TEMPERATURE = 0.7
 SAMPLE_TOP_P = 0.95
 
 
-def sample_text(run: Run, max_new_tokens: int) -> str:
-    """Continue ``train.sample_prompt`` with the run's model.
+def sample_text(run: Run, model: LanguageModel, max_new_tokens: int) -> str:
+    """Continue ``train.sample_prompt`` with the run's model, which is whole on this process.
 
     Sampled, not greedy: a short run's most likely text repeats itself.
     """
     tokenizer = run.dataset.tokenizer
     prompt_BS = _encode(tokenizer, run.config.train.sample_prompt).to(run.device)
     tokens_BS = generate(
-        run.model,
+        model,
         prompt_BS,
         max_new_tokens=max_new_tokens,
         temperature=SAMPLE_TEMPERATURE,

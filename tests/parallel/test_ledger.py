@@ -1,0 +1,103 @@
+"""Every layout against one process: see tools/ledger.py, which prints the same as a table."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from tools import ledger
+from tools.ledger import LAYOUTS, TOLERANCE, VARIANTS, Outcome, compare, run_layout
+from tools.ranks import on_ranks
+from trinity.nn.feedforward import GroupedExperts
+from trinity.parallel import plan
+from trinity.train.run import create_run_directory
+
+Singles = dict[tuple[str, ...], Outcome]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ledger")
+
+
+@pytest.fixture(scope="module")
+def singles() -> Singles:
+    """One-process runs by precision and overrides, each made once."""
+    return {}
+
+
+def _single(root: Path, singles: Singles, dtype: str, overrides: list[str]) -> Outcome:
+    key = (dtype, *overrides)
+    if key not in singles:
+        directory = root / f"single{len(singles)}"
+        singles[key] = run_layout(directory, dtype, {}, overrides)
+    return singles[key]
+
+
+def _assert_green(differences: dict[str, float], dtype: str) -> None:
+    assert max(differences.values()) <= TOLERANCE[dtype], differences
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(root: Path, singles: Singles, name: str) -> None:
+    outcome = run_layout(root / name.replace(" ", ""), "fp64", LAYOUTS[name])
+    _assert_green(compare(outcome, _single(root, singles, "fp64", [])), "fp64")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_equals_one_process(root: Path, singles: Singles, name: str) -> None:
+    axes, overrides = VARIANTS[name]
+    outcome = run_layout(root / name.replace(" ", ""), "fp64", axes, overrides)
+    _assert_green(compare(outcome, _single(root, singles, "fp64", overrides)), "fp64")
+
+
+@pytest.mark.parametrize("name", ["fsdp2 x ep2", "tp2 x pp2 x fsdp2"])
+def test_layout_in_fp32(root: Path, singles: Singles, name: str) -> None:
+    outcome = run_layout(root / f"fp32-{name.replace(' ', '')}", "fp32", LAYOUTS[name])
+    _assert_green(compare(outcome, _single(root, singles, "fp32", [])), "fp32")
+
+
+def test_the_ledger_sees_a_wrong_gradient_scale_of_experts(
+    root: Path, singles: Singles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = plan.shard_parameters
+
+    def averaged(*arguments: object) -> None:
+        """What FSDP2 does if left alone: the mean over the ranks of an expert."""
+        right(*arguments)  # type: ignore[arg-type]
+        stage = arguments[0]
+        assert isinstance(stage, torch.nn.Module)
+        for module in stage.modules():
+            if isinstance(module, GroupedExperts) and isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(2.0)
+
+    monkeypatch.setattr(plan, "shard_parameters", averaged)
+    outcome = run_layout(root / "wrong", "fp64", LAYOUTS["fsdp2 x ep2"])
+    differences = compare(outcome, _single(root, singles, "fp64", []))
+    red = {column for column, value in differences.items() if value > TOLERANCE["fp64"]}
+    assert {"gradient norm", "parameters", "optimizer state", "resumed"} <= red
+
+
+def test_checkpoints_move_between_layouts(root: Path, singles: Singles) -> None:
+    """Saved at fsdp2 x ep2, resumed alone, at tp2, at pp2 x fsdp2, and back: one curve."""
+    directory = root / "travelling"
+    chain = ["fsdp2 x ep2", "single", "tp2+sp", "pp2 x fsdp2", "fsdp2 x ep2"]
+    losses, norms = [], []
+    for number, name in enumerate(chain):
+        axes = LAYOUTS.get(name, {})
+        config = ledger.ledger_config(root, "fp64", ledger.axes_as_overrides(axes))
+        if number == 0:
+            create_run_directory(directory, config)
+        leg = partial(ledger.train, config, directory, 1, resume=number > 0)
+        world_size = ledger.world_size_of(axes)
+        result = leg() if world_size == 1 else on_ranks(world_size, leg)[0]
+        losses += result[0]
+        norms += result[1]
+    single = _single(root, singles, "fp64", [])
+    assert losses[:4] == pytest.approx(single.losses, rel=1e-12)
+    assert norms[:4] == pytest.approx(single.grad_norms, rel=1e-10)
+    assert losses[4] < losses[0]

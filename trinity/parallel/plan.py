@@ -1,0 +1,161 @@
+"""Applies a layout to a model, from outside and in the one order that works.
+
+A model comes in on the meta device and goes out on the real one, with this rank's part of the
+initial weights: pipeline stage, tensor and expert shards, context exchange, compile, recompute,
+FSDP2, memory, values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from trinity.core.config import Config
+from trinity.models.backbone import RowPart
+from trinity.models.lm import LanguageModel
+from trinity.nn.block import Block
+from trinity.nn.init import initialize
+from trinity.nn.moe import MoE, RowSum
+from trinity.parallel.context import KeyValueHalo
+from trinity.parallel.expert import shard_experts
+from trinity.parallel.mesh import Layout, Meshes, expert_shard_dim
+from trinity.parallel.recompute import apply_recompute
+from trinity.parallel.stage import Stage, keep_stage, stages_of_rank
+from trinity.parallel.tensor import shard_tensors
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def build_stages(config: Config, meshes: Meshes | None, device: torch.device) -> list[Stage]:
+    """The parts of the model that this rank trains: one, or several pipeline stages.
+
+    ``meshes`` is None without a process group: the whole model, nothing cut.
+    """
+    layout = meshes.layout if meshes is not None else Layout()
+    num_stages = layout.pp * config.parallel.pp_stages_per_rank if layout.pp > 1 else 1
+    mine = stages_of_rank(meshes.at.pp if meshes is not None else 0, layout.pp, config.parallel)
+    return [_build_stage(config, meshes, device, index, num_stages) for index in mine]
+
+
+def _build_stage(
+    config: Config, meshes: Meshes | None, device: torch.device, index: int, num_stages: int
+) -> Stage:
+    model = LanguageModel.on_meta(config.model)
+    if config.train.precision == "fp64":
+        model.double()
+        for moe in model.moe_layers():  # balancing state is fp32 in any precision
+            moe.router.float_state()
+    keep_stage(model, index, num_stages)
+    if meshes is not None:
+        _cut(model, meshes, config)
+    if config.train.compile:  # before recompute, which would hide the blocks from the compiler
+        for block in model.backbone.layers.values():
+            block.forward = torch.compile(block.forward)
+    apply_recompute(model.backbone.layers.values(), config.train.recompute)
+    stage = Stage(model, config, index=index, num_stages=num_stages)
+    if meshes is not None:
+        shard_parameters(stage, meshes, config)
+    stage.to_empty(device=device)
+    initialize(
+        model,
+        weight_std=config.model.weight_std,
+        num_layers=config.model.num_hidden_layers,
+        seed=config.seed,
+    )
+    return stage
+
+
+def _cut(model: LanguageModel, meshes: Meshes, config: Config) -> None:
+    """Tensor, expert and context parallelism."""
+    layout = meshes.layout
+    if layout.tp > 1:
+        shard_tensors(
+            model, meshes.dense["tp"], sequence_parallel=config.parallel.sequence_parallel
+        )
+    if layout.ep > 1:
+        shard_experts(model, meshes.sparse["ep"])
+    if layout.cp > 1:
+        halo = KeyValueHalo(meshes.rows["cp"].get_group())
+        for block in model.backbone.layers.values():
+            assert isinstance(block, Block)
+            block.mixer.context = halo
+    stream_split = layout.tp if config.parallel.sequence_parallel else 1
+    model.backbone.row_part = RowPart(meshes.at.cp, stream_split)
+    if layout.cp * layout.tp > 1:
+        add_up = partial(_add_up, group=meshes.row_parts.get_group())
+        for moe in model.moe_layers():
+            moe.row_sum = RowSum(layout.cp * layout.tp, add_up)
+
+
+def _add_up(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def shard_parameters(stage: Stage, meshes: Meshes, config: Config) -> None:
+    """FSDP2: one group per block for its matrices, one for what must stay fp32, one for experts.
+
+    Gradients are summed, never averaged: every loss is already divided by the token count of the
+    whole step. The number of ranks that hold an expert differs from the number that hold another
+    parameter, so an average would scale the two differently.
+    """
+    gathered = torch.bfloat16 if config.train.precision == "bf16" else None
+    reduced = torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else torch.float32
+    if config.train.precision == "fp64":
+        reduced = torch.float64
+    exact = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
+    narrow = MixedPrecisionPolicy(
+        param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False
+    )
+    reshard = config.parallel.reshard_after_forward
+    shard = partial(fully_shard, reshard_after_forward=reshard)
+    for block in stage.model.backbone.layers.values():
+        assert isinstance(block, Block)
+        if isinstance(block.ffn, MoE):
+            experts = block.ffn.experts
+            num_local = config.model.num_experts // meshes.layout.ep
+            dim = expert_shard_dim(
+                num_local, config.model.moe_intermediate_size, meshes.layout.expert_fsdp
+            )
+            assert dim is not None  # check_layout has refused this
+            shard(
+                experts,
+                mesh=meshes.expert_fsdp,
+                mp_policy=narrow,
+                shard_placement_fn=partial(_expert_placement, dim=dim),
+            )
+        if gathered is not None:
+            shard(list(_kept_exact(block)), mesh=meshes.fsdp, mp_policy=exact)
+        shard(block, mesh=meshes.fsdp, mp_policy=narrow)
+    fully_shard(stage, mesh=meshes.fsdp, mp_policy=narrow, reshard_after_forward=reshard)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            # Gloo has no scaled sum, which FSDP2 would use for any other factor.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def _expert_placement(parameter: nn.Parameter, *, dim: int) -> Shard:
+    """Dim 0, or the expert width: dim 2 of (E, 2, F, D) and of (E, D, F)."""
+    return Shard(0 if dim == 0 else 2)
+
+
+def _kept_exact(block: Block) -> Iterable[nn.Module]:
+    """Modules whose parameters are used in fp32 in any precision."""
+    yield from (
+        block.mixer_pre_norm,
+        block.mixer.q_norm,
+        block.mixer.k_norm,
+        block.mixer_post_norm,
+        block.ffn_pre_norm,
+        block.ffn_post_norm,
+    )
+    if isinstance(block.ffn, MoE):
+        yield block.ffn.router

@@ -1,0 +1,157 @@
+"""Tensor parallelism: every rank of a group holds some heads, some hidden units, some words.
+
+The first matrices of a branch are cut by rows (heads, hidden units), the last by columns, so that
+one collective in and one out make a branch (Megatron-LM, arXiv 1909.08053). With sequence
+parallelism the stream between branches is cut by positions and norms see only a rank's own. The
+mixture of experts always works on a rank's own positions, with whole experts: cutting experts as
+thin as theirs would leave products too small.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from trinity.models.lm import LanguageModel
+from trinity.nn.block import Block
+from trinity.nn.moe import MoE
+from trinity.ops.loss import VocabularyShard
+from trinity.parallel.collectives import (
+    copy_to_ranks,
+    gather_dim,
+    join_parts,
+    own_part,
+    reduce_scatter_dim,
+    sum_over_ranks,
+)
+from trinity.parallel.local import compute_with_local_parameters
+
+POSITIONS = 1
+"""The dim of (B, S, D) that sequence parallelism cuts."""
+
+CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+CUT_BY_COLUMNS = ("o_proj", "down_proj")
+
+
+def shard_tensors(model: LanguageModel, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
+    """Cut the matrices of ``model`` over the one axis of ``mesh`` and put the collectives in place.
+
+    Experts are left as they are (:mod:`trinity.parallel.expert` and FSDP share them out).
+    """
+    group = mesh.get_group()
+    stream = _Stream(group, sequence_parallel)
+    # The gradient of a parameter that every rank holds: a sum over ranks if each saw its own
+    # positions, the same everywhere if each saw all.
+    on_stream = Partial() if sequence_parallel else Replicate()
+    for block in model.backbone.layers.values():
+        assert isinstance(block, Block)
+        for norm in (
+            block.mixer_pre_norm,
+            block.mixer_post_norm,
+            block.ffn_pre_norm,
+            block.ffn_post_norm,
+        ):
+            _distribute(norm, mesh, Replicate(), on_stream)
+        _cut_branch(block.mixer, mesh, stream)
+        for norm in (block.mixer.q_norm, block.mixer.k_norm):  # every rank: its own heads
+            _distribute(norm, mesh, Replicate(), Partial())
+        if isinstance(block.ffn, MoE):
+            _place_moe(block.ffn, mesh, stream)
+        else:
+            _cut_branch(block.ffn, mesh, stream)
+    if model.embed_tokens is not None:
+        _distribute(model.embed_tokens, mesh, Shard(0), Shard(0))
+        forward = partial(_embed, model.embed_tokens, stream)
+        model.embed_tokens.forward = forward  # type: ignore[assignment]
+    if model.backbone.norm is not None:
+        _distribute(model.backbone.norm, mesh, Replicate(), on_stream)
+        model.backbone.norm.register_forward_hook(stream.after_norm)
+    if model.lm_head is not None:
+        num_words = model.lm_head.weight.shape[0] // mesh.size()
+        _distribute(model.lm_head, mesh, Shard(0), Shard(0))
+        model.vocabulary_shard = VocabularyShard(
+            mesh.get_local_rank() * num_words, partial(_gather_stacked, group=group)
+        )
+
+
+class _Stream:
+    """What happens to the stream between matrices on the way into a branch and out of it."""
+
+    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def enter(self, x_BSD: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return gather_dim(x_BSD, self.group, POSITIONS)
+        return copy_to_ranks(x_BSD, self.group)
+
+    def leave(self, x_BSD: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return reduce_scatter_dim(x_BSD, self.group, POSITIONS)
+        return sum_over_ranks(x_BSD, self.group)
+
+    def before_branch(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.enter(args[0]), *args[1:])
+
+    def after_branch(self, _module: nn.Module, _args: Any, out_BSD: Tensor) -> Tensor:
+        return self.leave(out_BSD)
+
+    def after_norm(self, _module: nn.Module, _args: Any, out_BSD: Tensor) -> Tensor:
+        return self.enter(out_BSD)
+
+    def before_moe(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (own_part(args[0], self.group, POSITIONS),)
+
+    def after_moe(self, _module: nn.Module, _args: Any, out: tuple[Tensor, ...]) -> Any:
+        return (join_parts(out[0], self.group, POSITIONS), *out[1:])
+
+
+def _cut_branch(branch: nn.Module, mesh: DeviceMesh, stream: _Stream) -> None:
+    for name, linear in branch.named_children():
+        if name in CUT_BY_ROWS:
+            _distribute(linear, mesh, Shard(0), Shard(0))
+        elif name in CUT_BY_COLUMNS:
+            _distribute(linear, mesh, Shard(1), Shard(1))
+    branch.register_forward_pre_hook(stream.before_branch)
+    branch.register_forward_hook(stream.after_branch)
+
+
+def _place_moe(moe: MoE, mesh: DeviceMesh, stream: _Stream) -> None:
+    _distribute(moe.router, mesh, Replicate(), Partial())
+    if moe.shared is not None:
+        for linear in moe.shared.children():
+            _distribute(linear, mesh, Replicate(), Partial())
+    if not stream.sequence_parallel:
+        moe.register_forward_pre_hook(stream.before_moe)
+        moe.register_forward_hook(stream.after_moe)
+
+
+def _distribute(
+    module: nn.Module, mesh: DeviceMesh, placement: Placement, gradient: Placement
+) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        distributed = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
+        setattr(module, name, nn.Parameter(distributed))
+    compute_with_local_parameters(module, [gradient])
+
+
+def _embed(embedding: nn.Embedding, stream: _Stream, tokens_BS: Tensor) -> Tensor:
+    """Look up the words that are here; the others' rows are zero and come from the peers."""
+    weight_VD = embedding.weight
+    own_BS = tokens_BS - dist.get_rank(stream.group) * weight_VD.shape[0]
+    is_here_BS = (own_BS >= 0) & (own_BS < weight_VD.shape[0])
+    rows_BSD = F.embedding(own_BS.where(is_here_BS, 0), weight_VD)
+    return stream.leave(rows_BSD * is_here_BS.unsqueeze(-1))
+
+
+def _gather_stacked(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(dist.get_world_size(group), *x.shape)
+    dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=group)
+    return out
