@@ -68,6 +68,7 @@ VARIANTS: dict[str, tuple[dict[str, object], list[str]]] = {
     "fsdp2 x ep2, full recompute": ({"dp_shard": 2, "ep": 2}, ["train.recompute=full"]),
     "fsdp2 x ep2, selective recompute": ({"dp_shard": 2, "ep": 2}, ["train.recompute=selective"]),
     "tp2 x ep2, full recompute": ({"tp": 2, "ep": 2}, ["train.recompute=full"]),
+    "fsdp2 x ep2, gathered once": ({"dp_shard": 2, "ep": 2, "reshard_after_forward": False}, []),
     "hsdp2x2 x ep2": ({"dp_replicate": 2, "dp_shard": 2, "ep": 2}, []),
     "cp4": ({"cp": 4}, []),
     "cp2 x tp2 x ep4": ({"cp": 2, "tp": 2, "ep": 4}, []),
@@ -239,7 +240,8 @@ def main() -> int:
             print(render({name: table[name]}, options.dtype)[-1], flush=True)
     if options.save:
         saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        saved[options.dtype] = {"torch": torch.__version__, "rows": table}
+        ranks = {name: world_size_of(axes_of(name)[0]) for name in table}
+        saved[options.dtype] = {"torch": torch.__version__, "ranks": ranks, "rows": table}
         RESULTS.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     return sum(max(row.values()) > TOLERANCE[options.dtype] for row in table.values())
 

@@ -2,6 +2,7 @@
 
 make train | tee tools/bench/results/make_train.txt
 python tools/bench/train_step.py --sequence 1024 --json tools/bench/results/train_step_1024.json
+python -m tools.ledger --save; python -m tools.ledger --save --dtype fp32
 python tools/update_readme.py
 """
 
@@ -45,11 +46,32 @@ def step_table() -> str:
     return "\n".join(lines) + f"\n\nMeasured with {versions}; higher ratios are faster."
 
 
+def parity_ledger() -> str:
+    """The layouts of the ledger in fp64 and fp32: the largest difference of any column."""
+    saved = json.loads((RESULTS / "ledger.json").read_text(encoding="utf-8"))
+    columns = list(next(iter(saved["fp64"]["rows"].values())))
+    lines = [
+        "| layout | ranks | " + " | ".join(columns) + " | all, fp32 |",
+        "| --- " * (len(columns) + 3) + "|",
+    ]
+    for name, row in saved["fp64"]["rows"].items():
+        cells = " | ".join(f"{row[column]:.0e}" for column in columns)
+        worst = max(saved["fp32"]["rows"][name].values())
+        ranks = saved["fp64"]["ranks"][name]
+        lines.append(f"| {name} | {ranks} | {cells} | {worst:.0e} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Replace every marked section."""
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
-    for name, section in (("make train", train_log()), ("train_step", step_table())):
+    sections = (
+        ("make train", train_log()),
+        ("ledger", parity_ledger()),
+        ("train_step", step_table()),
+    )
+    for name, section in sections:
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         before, rest = text.split(begin)
         _, after = rest.split(end)

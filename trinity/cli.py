@@ -43,6 +43,9 @@ def pretrain(
     resume: Annotated[
         Path | None, typer.Option(help="continue the run in this directory", metavar="RUN_DIR")
     ] = None,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="continue the run in --run-dir if there is one")
+    ] = False,
 ) -> None:
     """Train a language model, or continue a run with --resume RUN_DIR.
 
@@ -51,7 +54,22 @@ def pretrain(
     """
     from trinity.train.command import pretrain_command
 
-    raise typer.Exit(pretrain_command(arguments or [], run_dir, resume))
+    raise typer.Exit(pretrain_command(arguments or [], run_dir, resume, auto_resume=auto_resume))
+
+
+@app.command()
+def preflight(
+    directory: Annotated[Path, typer.Option(help="where the run will be written")] = Path("runs"),
+    min_free_gb: Annotated[float, typer.Option(help="free space every node must see")] = 10.0,
+    device: str = "auto",
+) -> None:
+    """Check the machines of a job before the run: processes, network, disk, clocks, versions.
+
+    Start it like the training, on all ranks. Exit status: 0 fit, 2 not, with the reason.
+    """
+    from trinity.train.preflight import preflight_command
+
+    raise typer.Exit(preflight_command(directory, min_free_gb=min_free_gb, device=device))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -37,8 +38,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme") / "run"
 
 
-def _run(arguments: list[str], cwd: Path) -> str:
-    done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=300)
+def _run(arguments: list[str], cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        arguments,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -73,7 +81,13 @@ def test_command(command: str, run_dir: Path, tiny_toml: Path, tmp_path: Path) -
         else:
             replaced.append(word)
     if words[0] == "python":
-        _run([sys.executable, *replaced, *SMALLER[words[1]]], ROOT)
+        _run([sys.executable, *replaced, *SMALLER.get(words[1], [])], ROOT)
+    elif words[0] == "launch/local.sh":
+        environment = {"TRINITY_RUN_DIR": str(tmp_path / "run"), "TRINITY_PYTHON": sys.executable}
+        _run([words[0], *replaced], ROOT, **environment)
+    elif words[0] == "torchrun":
+        launcher = [sys.executable, "-m", "torch.distributed.run"]
+        _run([*launcher, *replaced, "--run-dir", str(tmp_path / "run")], ROOT)
     else:
         assert words[0] == "trinity", f"no rule to test `{command}`"
         _run([sys.executable, "-m", "trinity", *replaced], ROOT)

@@ -16,6 +16,7 @@ ALLOWED = {
     "monitor": {"core", "monitor"},
     # Loading a model for use also needs its tokenizer.
     "ckpt": {"core", "ops", "nn", "models", "parallel", "ckpt", "data"},
+    "plan": {"core", "ops", "nn", "models", "parallel", "optim", "plan"},
     "train": {"core", "ops", "nn", "models", "parallel", "ckpt", "data", "optim", "train"},
 }
 for position, layer in enumerate(LAYERS[:4]):

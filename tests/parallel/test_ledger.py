@@ -61,6 +61,17 @@ def test_layout_in_fp32(root: Path, singles: Singles, name: str) -> None:
     _assert_green(compare(outcome, _single(root, singles, "fp32", [])), "fp32")
 
 
+@pytest.mark.parametrize("name", ["fsdp2 x ep2", "tp2 x ep2", "pp2 x fsdp2"])
+def test_layout_in_bf16(root: Path, singles: Singles, name: str) -> None:
+    """As near to fp32 as one process is: sharding rounds other intermediate results."""
+    overrides = ["optim.muon.dtype=bf16"]
+    outcome = run_layout(root / f"bf16-{name.replace(' ', '')}", "bf16", LAYOUTS[name], overrides)
+    exact = _single(root, singles, "fp32", [])
+    assert outcome.losses == pytest.approx(exact.losses, rel=2e-3)
+    assert outcome.grad_norms[0] == pytest.approx(exact.grad_norms[0], rel=1e-2)
+    assert outcome.grad_norms == pytest.approx(exact.grad_norms, rel=5e-2)
+
+
 def test_the_ledger_sees_a_wrong_gradient_scale_of_experts(
     root: Path, singles: Singles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ def _start_and_signal(at_step: int, number: signal.Signals, run_dir: Path, *argu
 
 
 def _curve(run_dir: Path) -> list[dict[str, object]]:
-    rows = read_metrics(run_dir)
+    rows = [row for row in read_metrics(run_dir) if row["kind"] != "checkpoint"]
     return [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in rows]
 
 

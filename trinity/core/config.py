@@ -290,7 +290,9 @@ class ParallelConfig(Table):
         default=1, description="stages of one rank; 2 or more for all schedules but 1f1b"
     )
     reshard_after_forward: bool = Field(
-        default=True, description="drop gathered parameters between forward and backward"
+        default=True,
+        description="drop gathered parameters after each use; False gathers them, and reduces "
+        "gradients, once per step: fastest where memory allows it",
     )
     reduce_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="type in which gradients are summed over ranks"
@@ -328,6 +330,21 @@ class CheckpointConfig(Table):
 
     every_steps: NonNegative = Field(default=100, description="0 saves at the end only")
     keep_last: Positive = 2
+    keep_every_steps: NonNegative = Field(
+        default=0, description="checkpoints of multiples of this are never deleted; 0: none"
+    )
+    asynchronous: bool = Field(
+        default=True, description="write while training goes on; a save holds it up for a copy only"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.every_steps and self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                f"keep_every_steps={self.keep_every_steps} is not a multiple of "
+                f"every_steps={self.every_steps}; only common multiples would ever be saved"
+            )
+        return self
 
 
 class LogConfig(Table):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from trinity.core.config import ModelConfig
 from trinity.models.backbone import Backbone, BackboneOutput
 from trinity.nn.attention import KeyValueCache
+from trinity.nn.head import VocabularyHead
 from trinity.nn.init import initialize
 from trinity.nn.moe import MoE
-from trinity.ops.loss import VocabularyShard, linear_cross_entropy
 
 
 class LMLoss(NamedTuple):
@@ -38,15 +38,14 @@ class LanguageModel(nn.Module):
     """
 
     embed_tokens: nn.Embedding | None
-    lm_head: nn.Linear | None
+    lm_head: VocabularyHead | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.vocabulary_shard: VocabularyShard | None = None
+        self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size)
 
     @classmethod
     def on_meta(cls, config: ModelConfig) -> LanguageModel:
@@ -111,13 +110,11 @@ class LanguageModel(nn.Module):
     ) -> LMLoss:
         """The head and the loss, given what the backbone returned."""
         assert self.lm_head is not None
-        vocab = linear_cross_entropy(
+        vocab = self.lm_head(
             out.hidden_BSD.flatten(0, 1),
-            self.lm_head.weight,
             targets_BS.flatten(),
             z_loss=z_loss,
             chunk_rows=chunk_rows,
-            shard=self.vocabulary_shard,
         )
         return LMLoss(vocab.total, vocab.cross_entropy, vocab.z, out.balance_loss, out.load_LE)
 

@@ -98,7 +98,11 @@ class MoE(nn.Module):
         out_BSD = routed_TD.view_as(x_BSD)
         if shared_BSD is not None:
             out_BSD = out_BSD + shared_BSD
-        load_E = torch.bincount(routing.index_TK.flatten(), minlength=self.num_experts)
+        index_R = routing.index_TK.flatten()
+        # Not bincount, which on a GPU waits for the device to learn the size of its result.
+        load_E = index_R.new_zeros(self.num_experts).scatter_add_(
+            0, index_R, torch.ones_like(index_R)
+        )
         rows = x_BSD.shape[:2]
         balance_loss = sequence_balance_loss(
             routing.scores_TE.unflatten(0, rows),

@@ -18,8 +18,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from trinity.core.sharding import Region, region_at
 
-GroupOfAxes = Callable[[DTensor, tuple[str, ...]], dist.ProcessGroup]
-"""The process group of a tensor's mesh along several axes, ranks in mesh order."""
+GroupOfAxes = Callable[[tuple[str, ...]], dist.ProcessGroup]
+"""The process group along mesh axes of these names, ranks in mesh order."""
 
 
 def matrix_axes(tensor: Tensor) -> tuple[str, ...]:

@@ -135,7 +135,7 @@ class Muon(torch.optim.Optimizer):
         if key not in self._exchanges:
             assert isinstance(parameter, DTensor)
             assert self._group_of_axes is not None
-            group = self._group_of_axes(parameter, axes)
+            group = self._group_of_axes(axes)
             self._exchanges[key] = MatrixExchange(parameter, axes, group)
         return self._exchanges[key]
 

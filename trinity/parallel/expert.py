@@ -42,22 +42,17 @@ class AllToAllDispatcher:
         meanwhile: Callable[[], Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """(T, D) -> (T, D), and the result of ``meanwhile``, computed while the rows travel."""
-        num_ranks, experts_per_rank = self.num_ranks, self.experts_per_rank
         expert_R = index_TK.flatten()
         order_R = torch.argsort(expert_R, stable=True)
-        count_NE = torch.bincount(expert_R, minlength=num_ranks * experts_per_rank).view(
-            num_ranks, experts_per_rank
+        send_rows, receive_rows, arriving_NE = exchange_counts(
+            expert_R, self.num_ranks, self.experts_per_rank, self.group
         )
-        arriving_NE = torch.empty_like(count_NE)
-        dist.all_to_all_single(arriving_NE, count_NE, group=self.group)
-        # One wait for the host: the collectives' sizes and the experts' row counts.
-        send_rows, receive_rows = torch.stack((count_NE.sum(1), arriving_NE.sum(1))).tolist()
         flight = RowsInFlight(send_rows, receive_rows, self.group)
         rows_RD = flight.start(x_TD.index_select(0, order_R // index_TK.shape[1]))
         other = meanwhile()
         weight_R = weight_TK.flatten().index_select(0, order_R)
         weight_R1 = exchange_rows(weight_R, send_rows, receive_rows, self.group).unsqueeze(1)
-        local_R1 = _local_expert(arriving_NE).unsqueeze(1)
+        local_R1 = local_expert(arriving_NE, sum(receive_rows)).unsqueeze(1)
         out_RD = experts(flight.finish(rows_RD), local_R1, weight_R1)
         back_RD = exchange_rows(out_RD, receive_rows, send_rows, self.group)
         slot_R = torch.empty_like(order_R)
@@ -65,11 +60,28 @@ class AllToAllDispatcher:
         return back_RD.index_select(0, slot_R).unflatten(0, index_TK.shape).sum(1), other
 
 
-def _local_expert(arriving_NE: Tensor) -> Tensor:
+def exchange_counts(
+    expert_R: Tensor, num_ranks: int, experts_per_rank: int, group: dist.ProcessGroup
+) -> tuple[list[int], list[int], Tensor]:
+    """Rows for each rank, rows from each rank, and those by sender and expert of this rank (N, E).
+
+    The one place where the host waits for the device: an exchange must know its sizes.
+    """
+    count_NE = torch.bincount(expert_R, minlength=num_ranks * experts_per_rank)
+    count_NE = count_NE.view(num_ranks, experts_per_rank)
+    arriving_NE = torch.empty_like(count_NE)
+    dist.all_to_all_single(arriving_NE, count_NE, group=group)
+    send_rows, receive_rows = torch.stack((count_NE.sum(1), arriving_NE.sum(1))).tolist()
+    return send_rows, receive_rows, arriving_NE
+
+
+def local_expert(arriving_NE: Tensor, num_rows: int) -> Tensor:
     """The expert, counted from this rank's first, of each row that arrives."""
     num_ranks, experts_per_rank = arriving_NE.shape
     expert_E = torch.arange(experts_per_rank, device=arriving_NE.device)
-    return torch.repeat_interleave(expert_E.repeat(num_ranks), arriving_NE.flatten())
+    return torch.repeat_interleave(
+        expert_E.repeat(num_ranks), arriving_NE.flatten(), output_size=num_rows
+    )
 
 
 def shard_experts(model: LanguageModel, mesh: DeviceMesh) -> None:

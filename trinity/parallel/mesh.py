@@ -242,5 +242,12 @@ class Meshes:
         """The same for the experts of one expert-parallel rank."""
         return self._with_replicas(self.sparse, "expert_fsdp")
 
+    def group_along(self, axes: tuple[str, ...]) -> dist.ProcessGroup:
+        """The process group along one axis of the dense or the sparse mesh, or fsdp and tp."""
+        if axes == ("fsdp", "tp"):
+            return self.fsdp_and_tp
+        (axis,) = axes
+        return (self.sparse if axis in ("expert_fsdp", "ep") else self.dense).get_group(axis)
+
     def _with_replicas(self, mesh: DeviceMesh, shards: str) -> DeviceMesh:
         return mesh["dp_replicate", shards] if self.layout.dp_replicate > 1 else mesh[shards]

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from trinity.core.batch import Batch
 from trinity.core.config import Config
@@ -93,13 +92,10 @@ class ParallelModel:
             dist.all_reduce(values)
         return values
 
-    def group_of_axes(self, tensor: DTensor, axes: tuple[str, ...]) -> dist.ProcessGroup:
-        """The ranks among which the matrices of ``tensor`` are cut."""
+    def group_of_axes(self, axes: tuple[str, ...]) -> dist.ProcessGroup:
+        """The ranks among which matrices are cut along these axes."""
         assert self.meshes is not None
-        if len(axes) == 1:
-            return tensor.device_mesh.get_group(axes[0])
-        assert axes == ("fsdp", "tp")
-        return self.meshes.fsdp_and_tp
+        return self.meshes.group_along(axes)
 
 
 def own_share(batches: Sequence[Batch], rank: int, num_ranks: int) -> list[Batch]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.pipelining as pipelining
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from trinity.core.batch import Batch
 from trinity.core.config import Config
@@ -52,8 +53,16 @@ class Pipeline:
             )
             return
         (stage,) = self.stages
-        for batch in microbatches:
+        for number, batch in enumerate(microbatches):
+            self._mark(stage, is_last=number + 1 == len(microbatches))
             stage(batch.tokens_BS, batch.targets_BS, batch.document_ids_BS).backward()
+
+    def _mark(self, stage: Stage, *, is_last: bool) -> None:
+        """Where memory allows it, gather parameters and reduce gradients once per step only."""
+        if isinstance(stage, FSDPModule) and not self.config.parallel.reshard_after_forward:
+            stage.set_is_last_backward(is_last)
+            stage.set_reshard_after_backward(is_last)
+            stage.set_requires_gradient_sync(is_last)
 
     @torch.no_grad()
     def forward(self, microbatches: Sequence[Batch]) -> None:

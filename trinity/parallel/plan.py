@@ -22,6 +22,8 @@ from trinity.models.lm import LanguageModel
 from trinity.nn.block import Block
 from trinity.nn.init import initialize
 from trinity.nn.moe import MoE, RowSum
+from trinity.nn.norm import RMSNorm
+from trinity.nn.router import SigmoidRouter
 from trinity.parallel.context import KeyValueHalo
 from trinity.parallel.expert import shard_experts
 from trinity.parallel.mesh import Layout, Meshes, expert_shard_dim
@@ -33,19 +35,31 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def build_stages(config: Config, meshes: Meshes | None, device: torch.device) -> list[Stage]:
-    """The parts of the model that this rank trains: one, or several pipeline stages.
+    """The parts of the model that this rank trains, with their initial values.
 
     ``meshes`` is None without a process group: the whole model, nothing cut.
     """
+    stages = shape_stages(config, meshes)
+    for stage in stages:
+        stage.to_empty(device=device)
+        initialize(
+            stage.model,
+            weight_std=config.model.weight_std,
+            num_layers=config.model.num_hidden_layers,
+            seed=config.seed,
+        )
+    return stages
+
+
+def shape_stages(config: Config, meshes: Meshes | None) -> list[Stage]:
+    """The same without memory, on the meta device: one stage, or several of a pipeline."""
     layout = meshes.layout if meshes is not None else Layout()
     num_stages = layout.pp * config.parallel.pp_stages_per_rank if layout.pp > 1 else 1
     mine = stages_of_rank(meshes.at.pp if meshes is not None else 0, layout.pp, config.parallel)
-    return [_build_stage(config, meshes, device, index, num_stages) for index in mine]
+    return [_shape_stage(config, meshes, index, num_stages) for index in mine]
 
 
-def _build_stage(
-    config: Config, meshes: Meshes | None, device: torch.device, index: int, num_stages: int
-) -> Stage:
+def _shape_stage(config: Config, meshes: Meshes | None, index: int, num_stages: int) -> Stage:
     model = LanguageModel.on_meta(config.model)
     if config.train.precision == "fp64":
         model.double()
@@ -61,13 +75,6 @@ def _build_stage(
     stage = Stage(model, config, index=index, num_stages=num_stages)
     if meshes is not None:
         shard_parameters(stage, meshes, config)
-    stage.to_empty(device=device)
-    initialize(
-        model,
-        weight_std=config.model.weight_std,
-        num_layers=config.model.num_hidden_layers,
-        seed=config.seed,
-    )
     return stage
 
 
@@ -100,7 +107,10 @@ def _add_up(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
 
 
 def shard_parameters(stage: Stage, meshes: Meshes, config: Config) -> None:
-    """FSDP2: one group per block for its matrices, one for what must stay fp32, one for experts.
+    """FSDP2: a group for each block's matrices, one for its experts, one for embedding and head.
+
+    Norms and routers, which are used in fp32 in any precision, form one group of the whole stage;
+    they are small and stay gathered through the step.
 
     Gradients are summed, never averaged: every loss is already divided by the token count of the
     whole step. The number of ranks that hold an expert differs from the number that hold another
@@ -110,31 +120,34 @@ def shard_parameters(stage: Stage, meshes: Meshes, config: Config) -> None:
     reduced = torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else torch.float32
     if config.train.precision == "fp64":
         reduced = torch.float64
-    exact = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
     narrow = MixedPrecisionPolicy(
         param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False
     )
-    reshard = config.parallel.reshard_after_forward
-    shard = partial(fully_shard, reshard_after_forward=reshard)
-    for block in stage.model.backbone.layers.values():
+    shard = partial(
+        fully_shard,
+        mp_policy=narrow,
+        reshard_after_forward=config.parallel.reshard_after_forward,
+    )
+    blocks = list(stage.model.backbone.layers.values())
+    exact = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
+    kept_exact = [module for block in blocks for module in _kept_exact(block)]
+    fully_shard(kept_exact, mesh=meshes.fsdp, mp_policy=exact, reshard_after_forward=False)
+    for block in blocks:
         assert isinstance(block, Block)
         if isinstance(block.ffn, MoE):
-            experts = block.ffn.experts
-            num_local = config.model.num_experts // meshes.layout.ep
             dim = expert_shard_dim(
-                num_local, config.model.moe_intermediate_size, meshes.layout.expert_fsdp
+                config.model.num_experts // meshes.layout.ep,
+                config.model.moe_intermediate_size,
+                meshes.layout.expert_fsdp,
             )
             assert dim is not None  # check_layout has refused this
-            shard(
-                experts,
-                mesh=meshes.expert_fsdp,
-                mp_policy=narrow,
-                shard_placement_fn=partial(_expert_placement, dim=dim),
-            )
-        if gathered is not None:
-            shard(list(_kept_exact(block)), mesh=meshes.fsdp, mp_policy=exact)
-        shard(block, mesh=meshes.fsdp, mp_policy=narrow)
-    fully_shard(stage, mesh=meshes.fsdp, mp_policy=narrow, reshard_after_forward=reshard)
+            placement = partial(_expert_placement, dim=dim)
+            shard(block.ffn.experts, mesh=meshes.expert_fsdp, shard_placement_fn=placement)
+        shard(block, mesh=meshes.fsdp)
+    for module in (stage.model.embed_tokens, stage.model.lm_head):
+        if module is not None:
+            shard(module, mesh=meshes.fsdp)
+    fully_shard(stage, mesh=meshes.fsdp, mp_policy=exact, reshard_after_forward=False)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             # Gloo has no scaled sum, which FSDP2 would use for any other factor.
@@ -147,15 +160,6 @@ def _expert_placement(parameter: nn.Parameter, *, dim: int) -> Shard:
     return Shard(0 if dim == 0 else 2)
 
 
-def _kept_exact(block: Block) -> Iterable[nn.Module]:
+def _kept_exact(block: nn.Module) -> Iterable[nn.Module]:
     """Modules whose parameters are used in fp32 in any precision."""
-    yield from (
-        block.mixer_pre_norm,
-        block.mixer.q_norm,
-        block.mixer.k_norm,
-        block.mixer_post_norm,
-        block.ffn_pre_norm,
-        block.ffn_post_norm,
-    )
-    if isinstance(block.ffn, MoE):
-        yield block.ffn.router
+    return (m for m in block.modules() if isinstance(m, RMSNorm | SigmoidRouter))

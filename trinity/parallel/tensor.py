@@ -76,7 +76,7 @@ def shard_tensors(model: LanguageModel, mesh: DeviceMesh, *, sequence_parallel: 
     if model.lm_head is not None:
         num_words = model.lm_head.weight.shape[0] // mesh.size()
         _distribute(model.lm_head, mesh, Shard(0), Shard(0))
-        model.vocabulary_shard = VocabularyShard(
+        model.lm_head.shard = VocabularyShard(
             mesh.get_local_rank() * num_words, partial(_gather_stacked, group=group)
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from trinity.data.build import build_dataset
 from trinity.train.loop import pretrain
 from trinity.train.metrics import read_metrics
 from trinity.train.run import (
+    CONFIG_FILE,
     Run,
     create_run_directory,
     default_run_directory,
@@ -25,10 +27,27 @@ from trinity.train.run import (
 from trinity.train.sample import sample_text
 
 SAMPLE_TOKENS = 80
+STOPPED_STATUS_VARIABLE = "TRINITY_STOPPED_STATUS"
+"""Exit status of a run that was stopped and saved, for launchers that take 75 for a failure."""
 
 
-def pretrain_command(arguments: Sequence[str], run_dir: Path | None, resume: Path | None) -> int:
-    """Run ``trinity pretrain``; returns the exit status."""
+def pretrain_command(
+    arguments: Sequence[str],
+    run_dir: Path | None,
+    resume: Path | None,
+    *,
+    auto_resume: bool = False,
+) -> int:
+    """Run ``trinity pretrain``; returns the exit status.
+
+    ``auto_resume`` continues the run in ``run_dir`` where there is one, with the overrides given,
+    so that a launcher may always start the same command.
+    """
+    if auto_resume and run_dir is None:
+        raise ConfigError("--auto-resume needs --run-dir, the directory to look for a run in")
+    if auto_resume and run_dir is not None and (run_dir / CONFIG_FILE).exists():
+        arguments = [argument for argument in arguments if "=" in argument]
+        run_dir, resume = None, run_dir
     files = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     if resume is not None:
@@ -52,7 +71,7 @@ def pretrain_command(arguments: Sequence[str], run_dir: Path | None, resume: Pat
         assert directory is not None
         run = pretrain(config, directory, device, resume=resume is not None)
         if run.step < config.train.num_steps:
-            return SAVED_AND_STOPPED_EXIT_CODE
+            return int(os.environ.get(STOPPED_STATUS_VARIABLE, SAVED_AND_STOPPED_EXIT_CODE))
         if job.is_first():
             summarize(run)
     return 0

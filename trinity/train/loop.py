@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
 import torch
 
+from trinity.ckpt.background import BackgroundSaver
 from trinity.core import job
 from trinity.core.config import Config
 from trinity.core.runtime import StopSignal, peak_flops, set_threads
@@ -38,7 +40,8 @@ def pretrain(config: Config, directory: Path, device: torch.device, *, resume: b
     peak = peak_flops(run.device, config.train.precision)
     profiler = step_profiler(directory, 0 if quiet else config.train.profile_steps)
     reporter = Reporter(num_steps=last_step, start_step=run.step, quiet=quiet)
-    with StopSignal().installed() as stop, writer, reporter, profiler as trace:
+    saver = BackgroundSaver() if config.checkpoint.asynchronous else contextlib.nullcontext()
+    with StopSignal().installed() as stop, writer, reporter, profiler as trace, saver as run.saver:
         for warning in run.warnings:
             reporter.say(f"warning: {warning}")
         if run.step == 0:
@@ -56,12 +59,16 @@ def pretrain(config: Config, directory: Path, device: torch.device, *, resume: b
             stopping = result.num_stopping > 0
             trace.step()
             _heartbeat(run)
+            _record_saves(run, writer)
             _record_step(run, result, time.perf_counter() - start_s, peak, writer, reporter)
             if _is_due(config.train.validate_every_steps, run.step, last_step):
                 _validate(run, writer, reporter)
             if _is_due(config.checkpoint.every_steps, run.step, last_step):
                 run.save()
         saved = run.save()
+        if run.saver is not None:
+            run.saver.wait()
+        _record_saves(run, writer)
         if stopping:
             reason = "another rank" if stop.received is None else stop.received.name
             reporter.say(f"{reason}: saved {saved}, stopping")
@@ -75,6 +82,12 @@ def _heartbeat(run: Run) -> None:
     """Tell watchdogs that a step was made: the file's age and content change."""
     if job.is_first():
         (run.directory / HEARTBEAT_FILE).write_text(f"{run.step}\n", encoding="utf-8")
+
+
+def _record_saves(run: Run, writer: MetricsWriter) -> None:
+    """Log checkpoints that were published since; on every rank, or a failed save raises on none."""
+    for done in run.saver.poll() if run.saver is not None else []:
+        writer.write("checkpoint", done.step, done.times._asdict())
 
 
 def _is_due(every_steps: int, step: int, last_step: int) -> bool:

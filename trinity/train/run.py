@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trinity.ckpt.store import clean_stale, latest_checkpoint, load_checkpoint, save_checkpoint
+from trinity.ckpt.background import BackgroundSaver
+from trinity.ckpt.store import (
+    checkpoint_path,
+    clean_stale,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from trinity.core import job
 from trinity.core.batch import Batch
 from trinity.core.config import Config
@@ -48,7 +55,9 @@ class Run:
     step: int = 0
     num_tokens_seen: int = 0
     saved: Path | None = None
-    """Checkpoint of the current step, once there is one."""
+    """Checkpoint of the current step, once there is one; a saver may still be writing it."""
+    saver: BackgroundSaver | None = None
+    """Writes checkpoints while training goes on; None writes them at once."""
     warnings: list[str] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -91,13 +100,17 @@ class Run:
             "config_sha256": self.config.sha256(),
             "data_fingerprint": self.dataset.fingerprint,
         }
-        self.saved = save_checkpoint(
+        keep = self.config.checkpoint
+        save = save_checkpoint if self.saver is None else self.saver.save
+        save(
             self.directory,
             self.step,
             self.tensors(),
             meta,
-            keep_last=self.config.checkpoint.keep_last,
+            keep_last=keep.keep_last,
+            keep_every_steps=keep.keep_every_steps,
         )
+        self.saved = checkpoint_path(self.directory, self.step)
         return self.saved
 
     def advance(self, num_tokens: int) -> None:
@@ -108,7 +121,7 @@ class Run:
 
     def restore(self) -> None:
         """Continue from the newest checkpoint that verifies."""
-        found, rejected = latest_checkpoint(self.directory)
+        found, rejected = find_checkpoint(self.directory)
         if found is None and rejected:
             raise CheckpointError(f"{self.directory} holds no usable checkpoint: {rejected[0]}")
         if found is None:
@@ -119,8 +132,9 @@ class Run:
         meta = load_checkpoint(found, tensors)
         if meta["data_fingerprint"] != self.dataset.fingerprint:
             raise CheckpointError(
-                f"{found}: saved with data fingerprint {meta['data_fingerprint']}, but the sources "
-                f"now give {self.dataset.fingerprint}; bring the old sources back or start anew"
+                f"{found.path}: saved with data fingerprint {meta['data_fingerprint']}, but the "
+                f"sources now give {self.dataset.fingerprint}; bring the old sources back or start "
+                "anew"
             )
         # Parameters, buffers and optimizer state were read into their own memory.
         self.loader.load_state(
@@ -129,7 +143,7 @@ class Run:
         torch.set_rng_state(tensors["rng.cpu"])
         self.step = int(meta["step"])
         self.num_tokens_seen = int(meta["num_tokens_seen"])
-        self.saved = found
+        self.saved = found.path
         if job.is_first():
             self._keep_config()
 
@@ -182,7 +196,7 @@ def open_run(config: Config, directory: Path, device: torch.device, *, resume: b
     )
     if resume:
         run.restore()
-    elif job.is_first():
+    if run.step == 0 and job.is_first():
         dataset.tokenizer.save(directory / TOKENIZER_DIR)
         _write_record(run)
     return run

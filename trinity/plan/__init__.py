@@ -1,0 +1,1 @@
+"""Planning a run before it starts: layouts, memory, traffic, time."""
