@@ -83,6 +83,45 @@ def test_global_batches_are_the_same_at_any_world_size(
         ranks[0].next_rows(5)
 
 
+def test_ranks_with_lanes_of_their_own_read_the_same_rows_and_plan_no_others(
+    dataset: Dataset, config: Config
+) -> None:
+    """Steps of 6 and 12 rows over 3 lanes, on 1 and 3 ranks; then resumed by one."""
+
+    def loader(rank: int, world_size: int) -> Loader:
+        return Loader(
+            dataset,
+            config.data,
+            sequence_length=ROW,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            step_rows=[6, 12],
+        )
+
+    alone, ranks = loader(0, 1), [loader(rank, 3) for rank in range(3)]
+    assert [rank.own_lanes for rank in ranks] == [range(0, 1), range(1, 2), range(2, 3)]
+    for num_rows in (6, 12, 6):
+        expected = alone.next_rows(num_rows).tokens_BS
+        got = torch.stack([rank.next_rows(num_rows).tokens_BS for rank in ranks], 1).flatten(0, 1)
+        assert torch.equal(got, expected)
+    for number, rank in enumerate(ranks):
+        planned = [lane.num_rows for lane in rank._planner.lanes]
+        assert planned == [8 if lane == number else 0 for lane in range(3)]
+    states = [rank.state() for rank in ranks]
+    joined = {name: np.concatenate([state[name] for state in states]) for name in states[0]}
+    joined["next_row"] = states[0]["next_row"]
+    resumed = loader(0, 1)
+    resumed.load_state(joined)
+    assert _equal(resumed.next_rows(6), alone.next_rows(6))
+    assert (
+        Loader(
+            dataset, config.data, sequence_length=ROW, seed=0, rank=0, world_size=3, step_rows=[4]
+        ).own_lanes
+        is None
+    )
+
+
 def test_state_carries_over_to_another_world_size(dataset: Dataset, config: Config) -> None:
     alone = _loader(dataset, config)
     alone.next_rows(7)

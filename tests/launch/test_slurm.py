@@ -146,3 +146,36 @@ def test_preemption_saves_within_the_grace_time_and_goes_on_later(
     text = job.text()
     assert "TERM: save and stop" in text or "SIGTERM: saved" in text
     assert f"requeue at step {stopped_at}" in text
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_noticed_and_the_job_goes_on(
+    cluster: LocalSlurm, root: Path, undisturbed: list[float]
+) -> None:
+    job = _Job(cluster, root, "hung", TRINITY_PREFLIGHT="0", TRINITY_HANG_S="8")
+    job.reach(15)
+    workers = [p for p in cluster.processes("n2") if "RANK" in p.environ()]
+    assert workers
+    for process in workers:
+        process.suspend()
+    assert job.finish() == undisturbed
+    assert "ending the step" in job.text()
+    assert "hung" in job.text()
+
+
+@pytest.mark.slow
+def test_one_task_per_rank_without_torchrun(
+    cluster: LocalSlurm, root: Path, undisturbed: list[float]
+) -> None:
+    job = _Job(cluster, root, "tasks", TRINITY_LAUNCHER="srun")
+    assert job.finish() == undisturbed
+    assert "preflight: 2 ranks" in job.text()
+
+
+@pytest.mark.slow
+def test_a_job_that_never_makes_a_step_gives_up(cluster: LocalSlurm, root: Path) -> None:
+    job = _Job(cluster, root, "broken", TRINITY_PREFLIGHT="0", TRINITY_RANKS_PER_NODE="3")
+    cluster.wait_for(lambda: cluster.job_state(job.number) in ENDED, 200, job.text())
+    assert cluster.job_state(job.number) == "FAILED"
+    assert "giving up: 2 requeues without a step beyond 0" in job.text()
+    assert "rows_per_step=8 is not a multiple of" in job.text()

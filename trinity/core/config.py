@@ -257,6 +257,9 @@ class TrainConfig(Table):
         default="bf16",
         description="compute type; parameters and optimizer state are fp32. fp64 is for proofs",
     )
+    fp8: Literal["off", "tensorwise", "rowwise"] = Field(
+        default="off", description="products of the blocks' linears in FP8, scaled per this"
+    )
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = Field(default=False, description="torch.compile the blocks")
     device: str = Field(default="auto", description='"auto", "cpu", "cuda"')
@@ -284,6 +287,9 @@ class ParallelConfig(Table):
         default=True, description="with tp: split the tokens between the matrices, too"
     )
     ep: Positive = Field(default=1, description="ranks that share a layer's experts")
+    dispatcher: Literal["all_to_all", "deep_ep"] = Field(
+        default="all_to_all", description="how tokens travel to their experts"
+    )
     pp: Positive = Field(default=1, description="ranks that share the layers (pipeline)")
     pp_schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = "1f1b"
     pp_stages_per_rank: Positive = Field(

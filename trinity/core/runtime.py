@@ -56,6 +56,11 @@ def autocast_disabled(device: torch.device) -> contextlib.AbstractContextManager
     return torch.autocast(device.type, enabled=False)
 
 
+def has_fp8() -> bool:
+    """Whether there is a GPU with FP8 units (compute capability 8.9 or newer)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
 def set_threads(num_threads: int) -> None:
     """Fix the number of CPU threads, 0 keeps torch's; only equal counts give equal bits."""
     if num_threads:
@@ -104,6 +109,7 @@ OPTIONAL_PACKAGES = (
     ("transformers", "transformers", "Hugging Face model parity and tokenizers", "hf"),
     ("flash-attn", "flash_attn", "attention kernels on GPU", "cuda"),
     ("transformer-engine", "transformer_engine.pytorch", "FP8 linears on GPU", "cuda"),
+    ("torchao", "torchao.float8", "FP8 linears on GPU, emulated elsewhere", "fp8"),
     ("mamba-ssm", "mamba_ssm", "state-space kernels on GPU", "cuda"),
     ("megatron-core", "megatron.core", "Megatron data interchange and engine", "megatron"),
     ("deepspeed", "deepspeed", "ZeRO and CPU-offload engine", "deepspeed"),

@@ -17,7 +17,9 @@ from trinity.data.pack import RowPlanner, Span
 class Loader:
     """The training stream, seen from one process.
 
-    The global sequence of rows is a pure function of (data fingerprint, seed, row number).
+    The global sequence of rows is a pure function of (data fingerprint, seed, row number). Which
+    rows a step trains on does not depend on the number of processes; which process reads which of
+    them does.
     """
 
     def __init__(
@@ -29,7 +31,14 @@ class Loader:
         seed: int,
         rank: int,
         world_size: int,
+        step_rows: Sequence[int] = (),
     ) -> None:
+        """``step_rows`` are the numbers of rows that steps will ask for.
+
+        Where all are multiples of the lanes, and the lanes one of ``world_size``, a process reads
+        the rows of its own lanes and never plans another's: planning a row takes a tenth of a
+        millisecond, which thousands of processes could not each do for all rows.
+        """
         self._sets = [source.train for source in dataset.sources]
         self._names = [source.name for source in dataset.sources]
         self._rank, self._world_size = rank, world_size
@@ -42,34 +51,45 @@ class Loader:
             num_lanes=config.lanes,
             seed=seed,
         )
+        per_rank, rest = divmod(config.lanes, world_size)
+        divides = bool(step_rows) and not rest and not any(n % config.lanes for n in step_rows)
+        self.own_lanes = range(rank * per_rank, (rank + 1) * per_rank) if divides else None
+        """Lanes that only this process reads; None where rows are dealt out in blocks."""
         self.next_row = 0
         """Row of the global stream that comes next."""
 
     def next_rows(self, num_rows: int) -> Batch:
         """This process's share of the next ``num_rows`` rows of the global stream.
 
-        Rank r takes the r-th of world_size equal blocks. Raises ValueError when the rows cannot be
-        divided equally.
+        Those of its own lanes, or else the rank-th of world_size equal blocks. Raises ValueError
+        when the rows cannot be divided equally.
         """
         share, rest = divmod(num_rows, self._world_size)
         if rest:
             raise ValueError(f"{num_rows} rows cannot be divided among {self._world_size} ranks")
-        first = self.next_row + self._rank * share
-        batch = read_rows(self._sets, [self._planner.row(first + i) for i in range(share)])
+        every = range(self.next_row, self.next_row + num_rows)
+        if self.own_lanes is None:
+            mine = every[self._rank * share : (self._rank + 1) * share]
+        else:
+            mine = [row for row in every if row % self._planner.num_lanes in self.own_lanes]
+        batch = read_rows(self._sets, [self._planner.row(row) for row in mine])
         self.next_row += num_rows
         return batch
 
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Where the stream stands, as int64 arrays of fixed shape."""
+        """Where the stream stands, as int64 arrays of fixed shape.
+
+        All but ``next_row`` have one row per lane: of :attr:`own_lanes`, or else of all lanes.
+        """
         return {
             "next_row": np.array([self.next_row], dtype=np.int64),
-            **self._planner.state(self.next_row),
+            **self._planner.state(self.next_row, self.own_lanes),
         }
 
     def load_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
         """Go on where a :meth:`state` was taken, under any number of processes."""
         self.next_row = int(state["next_row"][0])
-        self._planner.load_state(state)
+        self._planner.load_state(state, self.own_lanes)
 
     def describe_rows(self, first: int, num_rows: int) -> list[str]:
         """One line per read of the global rows ``first .. first + num_rows - 1``."""

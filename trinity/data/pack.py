@@ -193,26 +193,38 @@ class RowPlanner:
         self._replay(lane, index)
         return lane.next_row(self.sequence_length)
 
-    def state(self, next_row: int) -> dict[str, np.ndarray[Any, Any]]:
-        """Everything needed to go on at ``next_row``, as int64 arrays of fixed shape."""
-        num_lanes = len(self.lanes)
-        for number, lane in enumerate(self.lanes):
-            self._replay(lane, (next_row - number + num_lanes - 1) // num_lanes)
-        open_documents = np.full((num_lanes, max(1, 2 * self.capacity), 4), -1, dtype=np.int64)
-        for number, lane in enumerate(self.lanes):
+    @property
+    def num_lanes(self) -> int:
+        """Independent row streams; row r belongs to lane r mod lanes."""
+        return len(self.lanes)
+
+    def state(self, next_row: int, lanes: range | None = None) -> dict[str, np.ndarray[Any, Any]]:
+        """Everything needed to go on at ``next_row``, as int64 arrays of fixed shape.
+
+        One row for each of ``lanes``, or of all.
+        """
+        numbers = range(self.num_lanes) if lanes is None else lanes
+        chosen = [self.lanes[number] for number in numbers]
+        for number, lane in zip(numbers, chosen, strict=True):
+            self._replay(lane, (next_row - number + self.num_lanes - 1) // self.num_lanes)
+        open_documents = np.full((len(chosen), max(1, 2 * self.capacity), 4), -1, dtype=np.int64)
+        for index, lane in enumerate(chosen):
             if lane.open:
-                open_documents[number, : len(lane.open)] = lane.open
+                open_documents[index, : len(lane.open)] = lane.open
         return {
             "open_documents": open_documents,
-            "num_picks": np.array([lane.num_picks for lane in self.lanes], dtype=np.int64),
-            "num_rows": np.array([lane.num_rows for lane in self.lanes], dtype=np.int64),
-            "num_drawn": np.array([lane.stream.num_drawn for lane in self.lanes], dtype=np.int64),
-            "num_tokens": np.array([lane.stream.num_tokens for lane in self.lanes], dtype=np.int64),
+            "num_picks": np.array([lane.num_picks for lane in chosen], dtype=np.int64),
+            "num_rows": np.array([lane.num_rows for lane in chosen], dtype=np.int64),
+            "num_drawn": np.array([lane.stream.num_drawn for lane in chosen], dtype=np.int64),
+            "num_tokens": np.array([lane.stream.num_tokens for lane in chosen], dtype=np.int64),
         }
 
-    def load_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Go back, or forward, to a :meth:`state`."""
-        for number, lane in enumerate(self.lanes):
+    def load_state(
+        self, state: dict[str, np.ndarray[Any, Any]], lanes: range | None = None
+    ) -> None:
+        """Go back, or forward, to a :meth:`state` of the same lanes."""
+        chosen = self.lanes if lanes is None else [self.lanes[number] for number in lanes]
+        for number, lane in enumerate(chosen):
             rows = state["open_documents"][number]
             lane.open = [[int(v) for v in row] for row in rows if row[0] >= 0]
             lane.num_picks = int(state["num_picks"][number])

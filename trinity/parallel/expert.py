@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from trinity.models.lm import LanguageModel
 from trinity.nn.feedforward import GroupedExperts
 from trinity.parallel.collectives import RowsInFlight, exchange_rows
+from trinity.parallel.deep_ep import DeepEPDispatcher
 from trinity.parallel.local import compute_with_local_parameters
 
 
@@ -84,12 +85,18 @@ def local_expert(arriving_NE: Tensor, num_rows: int) -> Tensor:
     )
 
 
-def shard_experts(model: LanguageModel, mesh: DeviceMesh) -> None:
-    """Leave on each rank of ``mesh`` its block of every layer's experts; tokens will travel."""
+DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deep_ep": DeepEPDispatcher}
+
+
+def shard_experts(model: LanguageModel, mesh: DeviceMesh, dispatcher: str) -> None:
+    """Leave on each rank of ``mesh`` its block of every layer's experts; tokens will travel.
+
+    ``dispatcher`` is a key of ``DISPATCHERS``; raises ConfigError when its package is missing.
+    """
     for moe in model.moe_layers():
         experts = moe.experts
         for name, parameter in list(experts.named_parameters()):
             sharded = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             setattr(experts, name, nn.Parameter(sharded))
         compute_with_local_parameters(experts, [Shard(0)])
-        moe.dispatcher = AllToAllDispatcher(mesh.get_group(), moe.num_experts)
+        moe.dispatcher = DISPATCHERS[dispatcher](mesh.get_group(), moe.num_experts)

@@ -202,9 +202,9 @@ def _require_divides(divisor_name: str, divisor: int, name: str, value: int) -> 
 class Meshes:
     """The device meshes of a layout, and this rank's place in them.
 
-    Three meshes over the same ranks: parameters outside the experts live on ``dense`` (pp,
-    dp_replicate, fsdp, tp), experts on ``sparse`` (pp, dp_replicate, expert_fsdp, ep); ``rows``
-    (pp and data, cp, tp) says who shares the rows of a batch.
+    Several meshes over the same ranks: parameters outside the experts live on ``dense`` (pp,
+    dp_replicate, fsdp, tp), experts on ``sparse`` (pp, dp_replicate, expert_fsdp, ep), the state
+    of the data on ``data`` (pp, dp, row_parts); ``rows`` (all else, cp, tp) says who shares rows.
     """
 
     def __init__(self, layout: Layout, device_type: str) -> None:
@@ -226,7 +226,8 @@ class Meshes:
             }
         )
         self.rows = mesh({"others": a.pp * a.dp, "cp": a.cp, "tp": a.tp})
-        self.row_parts = mesh({"others": a.pp * a.dp, "row_parts": a.cp * a.tp})["row_parts"]
+        self.data = mesh({"pp": a.pp, "dp": a.dp, "row_parts": a.cp * a.tp})
+        self.row_parts = self.data["row_parts"]
         self.fsdp_and_tp = mesh(
             {"others": a.pp * a.dp_replicate, "fsdp_and_tp": a.fsdp * a.tp}
         ).get_group("fsdp_and_tp")

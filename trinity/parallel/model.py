@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from trinity.core.batch import Batch
 from trinity.core.config import Config
@@ -91,6 +92,13 @@ class ParallelModel:
         if self.meshes is not None:
             dist.all_reduce(values)
         return values
+
+    def sharded_over_data(self, tensor: Tensor) -> Tensor:
+        """This rank's rows of a tensor that is divided among the data-parallel ranks, in order."""
+        if self.meshes is None:
+            return tensor
+        placements = [Replicate(), Shard(0), Replicate()]
+        return DTensor.from_local(tensor, self.meshes.data, placements, run_check=False)
 
     def group_of_axes(self, axes: tuple[str, ...]) -> dist.ProcessGroup:
         """The ranks among which matrices are cut along these axes."""

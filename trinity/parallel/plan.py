@@ -27,6 +27,7 @@ from trinity.nn.router import SigmoidRouter
 from trinity.parallel.context import KeyValueHalo
 from trinity.parallel.expert import shard_experts
 from trinity.parallel.mesh import Layout, Meshes, expert_shard_dim
+from trinity.parallel.precision import use_fp8
 from trinity.parallel.recompute import apply_recompute
 from trinity.parallel.stage import Stage, keep_stage, stages_of_rank
 from trinity.parallel.tensor import shard_tensors
@@ -66,6 +67,7 @@ def _shape_stage(config: Config, meshes: Meshes | None, index: int, num_stages: 
         for moe in model.moe_layers():  # balancing state is fp32 in any precision
             moe.router.float_state()
     keep_stage(model, index, num_stages)
+    use_fp8(model, config.train.fp8)
     if meshes is not None:
         _cut(model, meshes, config)
     if config.train.compile:  # before recompute, which would hide the blocks from the compiler
@@ -86,7 +88,7 @@ def _cut(model: LanguageModel, meshes: Meshes, config: Config) -> None:
             model, meshes.dense["tp"], sequence_parallel=config.parallel.sequence_parallel
         )
     if layout.ep > 1:
-        shard_experts(model, meshes.sparse["ep"])
+        shard_experts(model, meshes.sparse["ep"], config.parallel.dispatcher)
     if layout.cp > 1:
         halo = KeyValueHalo(meshes.rows["cp"].get_group())
         for block in model.backbone.layers.values():

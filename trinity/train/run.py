@@ -26,6 +26,7 @@ from trinity.core.batch import Batch
 from trinity.core.config import Config
 from trinity.core.errors import CheckpointError, ConfigError, DataError
 from trinity.core.load_config import dump_config, load_config
+from trinity.core.sharding import local_tensor
 from trinity.data.build import Dataset, build_dataset
 from trinity.data.loader import Loader, held_out_rows
 from trinity.optim.groups import OptimizerSet, build_optimizers
@@ -65,9 +66,19 @@ class Run:
         named: dict[str, Tensor] = {}
         named |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
         named |= {f"optim.{name}": t for name, t in self.optimizers.state_dict().items()}
-        named |= {f"data.{name}": torch.from_numpy(a) for name, a in self.loader.state().items()}
+        named |= {f"data.{name}": t for name, t in self._loader_tensors().items()}
         named["rng.cpu"] = torch.get_rng_state()
         return named
+
+    def _loader_tensors(self) -> dict[str, Tensor]:
+        """The loader's state; sharded where each data-parallel rank has lanes of its own."""
+        tensors = {name: torch.from_numpy(a) for name, a in self.loader.state().items()}
+        if self.loader.own_lanes is None:
+            return tensors
+        return {
+            name: t if name == "next_row" else self.model.sharded_over_data(t)
+            for name, t in tensors.items()
+        }
 
     def next_microbatches(self) -> list[Batch]:
         """This rank's rows of the next step, split; also sets the step's learning rates."""
@@ -138,7 +149,10 @@ class Run:
             )
         # Parameters, buffers and optimizer state were read into their own memory.
         self.loader.load_state(
-            {name: t.numpy() for name, t in _with_prefix(tensors, "data.").items()}
+            {
+                name: local_tensor(t).cpu().numpy()
+                for name, t in _with_prefix(tensors, "data.").items()
+            }
         )
         torch.set_rng_state(tensors["rng.cpu"])
         self.step = int(meta["step"])
@@ -220,6 +234,7 @@ def _make_loader(config: Config, dataset: Dataset, *, rank: int = 0, world_size:
         seed=config.seed,
         rank=rank,
         world_size=world_size,
+        step_rows=[config.batch.rows_per_step, *(p.rows_per_step for p in config.batch.ramp)],
     )
 
 
