@@ -178,4 +178,4 @@ def test_a_job_that_never_makes_a_step_gives_up(cluster: LocalSlurm, root: Path)
     cluster.wait_for(lambda: cluster.job_state(job.number) in ENDED, 200, job.text())
     assert cluster.job_state(job.number) == "FAILED"
     assert "giving up: 2 requeues without a step beyond 0" in job.text()
-    assert "rows_per_step=8 is not a multiple of" in job.text()
+    assert "cannot be sharded evenly over 3 ranks" in job.text()
