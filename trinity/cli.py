@@ -73,6 +73,36 @@ def preflight(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="ranks of the job")] = 8,
+    gpu: Annotated[str, typer.Option(help="kind of GPU, see trinity/plan/hardware.toml")] = "h200",
+    layout: Annotated[
+        str | None,
+        typer.Option(help='layout to compare with, such as "dp_replicate=16,dp_shard=128,ep=8"'),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="layouts to list")] = 10,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+) -> None:
+    """Choose a parallel layout for a job: memory, traffic and predicted speed, on any machine.
+
+    Compares with --layout, or with the [parallel] table of the configuration.
+    """
+    from trinity.plan.command import plan_command
+
+    plan_command(
+        config,
+        overrides or [],
+        num_gpus=gpus,
+        gpu_name=gpu,
+        layout=layout,
+        top=top,
+        json_path=json,
+    )
+
+
+@app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="run or Hugging Face directory", metavar="DIR")],
     prompt: Annotated[str, typer.Option(help="text to continue")],

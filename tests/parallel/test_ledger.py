@@ -72,6 +72,12 @@ def test_layout_in_bf16(root: Path, singles: Singles, name: str) -> None:
     assert outcome.grad_norms == pytest.approx(exact.grad_norms, rel=5e-2)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(root: Path, singles: Singles) -> None:
+    outcome = run_layout(root / "compiled", "fp32", LAYOUTS["fsdp2 x ep2"], ["train.compile=true"])
+    _assert_green(compare(outcome, _single(root, singles, "fp32", [])), "fp32")
+
+
 def test_the_ledger_sees_a_wrong_gradient_scale_of_experts(
     root: Path, singles: Singles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ import trinity
 from trinity.core.runtime import SAVED_AND_STOPPED_EXIT_CODE
 from trinity.train.metrics import read_metrics
 
-TIMING_KEYS = {"tokens_per_s", "step_s", "mfu"}
+TIMING_KEYS = {"tokens_per_s", "step_s", "mfu", "peak_memory_bytes"}
 
 
 def _command(*arguments: str) -> list[str]:

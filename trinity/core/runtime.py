@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -135,6 +136,13 @@ def _probe(package: str, module: str, purpose: str, extra: str) -> Backend:
         reason = f"{version} is installed but does not import: {error}"
         return Backend(package, purpose, extra, False, reason)
     return Backend(package, purpose, extra, True, version)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory so far: of tensors on a GPU; resident, of the whole process, on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:

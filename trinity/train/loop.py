@@ -11,7 +11,7 @@ import torch
 from trinity.ckpt.background import BackgroundSaver
 from trinity.core import job
 from trinity.core.config import Config
-from trinity.core.runtime import StopSignal, peak_flops, set_threads
+from trinity.core.runtime import StopSignal, peak_flops, peak_memory_bytes, set_threads
 from trinity.models.flops import train_flops_per_token
 from trinity.models.lm import LanguageModel
 from trinity.nn.balance import max_violation
@@ -47,6 +47,7 @@ def pretrain(config: Config, directory: Path, device: torch.device, *, resume: b
         if run.step == 0:
             whole = LanguageModel.on_meta(config.model).named_parameters()
             reporter.show(render_table(parameter_table(whole, config.optim)))
+            reporter.say(run.describe_rank())
         if run.step == 0 and config.train.validate_every_steps:
             _validate(run, writer, reporter)
         stopping = False
@@ -124,6 +125,7 @@ def _record_step(
         "step_s": step_s,
         "mfu": tokens_per_s * flops_per_token / total_peak if total_peak else None,
         "muon_exchange_bytes": run.optimizers.exchanged_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(run.device),
         "max_vio": max_vio_L.tolist(),
         "load": result.load_LE.tolist(),
     }

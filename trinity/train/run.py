@@ -70,6 +70,15 @@ class Run:
         named["rng.cpu"] = torch.get_rng_state()
         return named
 
+    def describe_rank(self) -> str:
+        """The layout, and what this rank holds of the model."""
+        num_parameters = sum(local_tensor(p).numel() for p in self.model.parameters())
+        return (
+            f"layout {self.model.layout}, {job.world_size()} ranks; this one holds "
+            f"{num_parameters:,} parameters and {self.optimizers.state_bytes() / 2**20:,.1f} MiB "
+            "of optimizer state"
+        )
+
     def _loader_tensors(self) -> dict[str, Tensor]:
         """The loader's state; sharded where each data-parallel rank has lanes of its own."""
         tensors = {name: torch.from_numpy(a) for name, a in self.loader.state().items()}
