@@ -91,6 +91,8 @@ class Outcome(NamedTuple):
     losses: list[float]
     """Four steps, the last two after a resume."""
     grad_norms: list[float]
+    others: list[float]
+    """z, balance loss and BatchHet of the four steps, one after the other."""
     directory: Path
     """The run, with the checkpoint of step 2."""
 
@@ -122,16 +124,20 @@ def world_size_of(axes: dict[str, object]) -> int:
 
 
 def train(config: Config, directory: Path, num_steps: int, *, resume: bool) -> list[list[float]]:
-    """Losses and gradient norms of the next steps; saves after them. Runs on every rank."""
+    """Losses, gradient norms and the other numbers of the next steps; saves after them.
+
+    Runs on every rank.
+    """
     run = open_run(config, directory, torch.device("cpu"), resume=resume)
-    losses, norms = [], []
+    losses, norms, others = [], [], []
     for _ in range(num_steps):
         result = train_step(run.model, run.optimizers, run.next_microbatches(), config)
         run.advance(result.num_tokens)
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        others += [result.z, result.balance_loss, result.batch_het]
     run.save()
-    return [losses, norms]
+    return [losses, norms, others]
 
 
 def run_layout(
@@ -148,7 +154,8 @@ def run_layout(
         return on_ranks(world_size, _leg, config, directory, resume)[0]
 
     first, second = leg(False), leg(True)
-    return Outcome(first[0] + second[0], first[1] + second[1], directory)
+    merged = [earlier + later for earlier, later in zip(first, second, strict=True)]
+    return Outcome(*merged, directory=directory)
 
 
 def _leg(config: Config, directory: Path, resume: bool) -> list[list[float]]:
@@ -158,7 +165,7 @@ def _leg(config: Config, directory: Path, resume: bool) -> list[list[float]]:
 def compare(outcome: Outcome, single: Outcome) -> dict[str, float]:
     """The largest relative difference in each column."""
     differences = {
-        "loss": _worst(outcome.losses[:2], single.losses[:2]),
+        "loss": _worst(outcome.losses[:2] + outcome.others, single.losses[:2] + single.others),
         "gradient norm": _worst(outcome.grad_norms[:2], single.grad_norms[:2]),
         "resumed": _worst(
             outcome.losses[2:] + outcome.grad_norms[2:], single.losses[2:] + single.grad_norms[2:]
@@ -192,7 +199,8 @@ def _checkpoint(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _worst(ours: list[float], theirs: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    # BatchHet is a small difference of losses: near zero, what counts is the size of a loss.
+    return max(abs(a - b) / max(abs(b), 1.0) for a, b in zip(ours, theirs, strict=True))
 
 
 def render(table: dict[str, dict[str, float]], dtype: str) -> list[str]:
