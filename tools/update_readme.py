@@ -3,6 +3,7 @@
 make train | tee tools/bench/results/make_train.txt
 python tools/bench/train_step.py --sequence 1024 --json tools/bench/results/train_step_1024.json
 python -m tools.ledger --save; python -m tools.ledger --save --dtype fp32
+python -m tools.plan_check --save; python -m tools.plan_memory --save
 python tools/update_readme.py
 """
 
@@ -62,6 +63,36 @@ def parity_ledger() -> str:
     return "\n".join(lines)
 
 
+def planner_tables() -> str:
+    """Speeds against published runs, peak memory against runs on this machine."""
+    runs = json.loads((RESULTS / "plan_check.json").read_text(encoding="utf-8"))
+    lines = [
+        "| published run | GPUs | tokens/s/GPU | predicted | error |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for run in runs:
+        error = run["predicted"] / run["published"] - 1
+        lines.append(
+            f"| {run['name']} | {run['gpus']} | {run['published']:,.0f} | "
+            f"{run['predicted']:,.0f} | {error:+.0%} |"
+        )
+    errors = [abs(run["predicted"] / run["published"] - 1) for run in runs]
+    lines += [
+        "",
+        f"Mean size of the error {sum(errors) / len(errors):.0%}.",
+        "",
+        "| peak memory of a rank, real steps on a CPU | measured MiB | predicted MiB | error |",
+        "| --- | --- | --- | --- |",
+    ]
+    memory = json.loads((RESULTS / "plan_memory.json").read_text(encoding="utf-8"))
+    for name, row in memory.items():
+        lines.append(
+            f"| {name} | {row['measured_mib']:,.0f} | {row['predicted_mib']:,.0f} | "
+            f"{row['error']:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Replace every marked section."""
     path = ROOT / "README.md"
@@ -69,6 +100,7 @@ def main() -> None:
     sections = (
         ("make train", train_log()),
         ("ledger", parity_ledger()),
+        ("planner", planner_tables()),
         ("train_step", step_table()),
     )
     for name, section in sections:
