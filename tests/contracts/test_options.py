@@ -73,9 +73,9 @@ def test_every_field_is_read_by_a_run_or_an_export(
 def _read_by_ranks(
     tmp_path: Path, read: set[tuple[str, str]], constructing: list[bool]
 ) -> set[tuple[str, str]]:
-    """What a step on two ranks reads besides: the forked ranks record like their parent."""
+    """What a step on four ranks reads besides: the forked ranks record like their parent."""
     constructing[0] = True
-    config = ledger_config(tmp_path, "fp32", axes_as_overrides({"pp": 2}))
+    config = ledger_config(tmp_path, "fp32", axes_as_overrides({"pp": 2, "ep": 2}))
     constructing[0] = False
     create_run_directory(tmp_path / "ranks", config)
 
@@ -83,4 +83,4 @@ def _read_by_ranks(
         train(config, tmp_path / "ranks", 1, resume=False)
         return read
 
-    return set().union(*on_ranks(2, work))
+    return set().union(*on_ranks(4, work))

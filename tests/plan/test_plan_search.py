@@ -152,6 +152,13 @@ def test_command_prints_tables_a_paragraph_and_toml(tmp_path: Path) -> None:
     assert sum(first["seconds_by_part"].values()) == pytest.approx(first["step_s"])
 
 
+def test_a_configured_layout_that_cannot_be_is_told_and_others_are_found() -> None:
+    config = str(ROOT / "configs/tiny.toml")  # 8 rows a step, 8 in a microbatch
+    result = CliRunner().invoke(app, ["plan", config, "--gpus", "2"])
+    assert result.exit_code == 0, result.output
+    assert "is refused: batch.rows_per_step=8" in result.output
+
+
 def test_an_unknown_gpu_is_named() -> None:
     with pytest.raises(ConfigError, match=r"--gpu b9000 is unknown; use one of .*h200"):
         load_gpu("b9000")

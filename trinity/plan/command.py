@@ -50,6 +50,8 @@ def plan_command(
         plan = search(config, num_gpus, gpu)
     seconds = time.perf_counter() - start
     winner = plan.ranking[0]
+    # Nothing to compare with: the winner stands beside itself.
+    baseline = baseline or winner
     console.print(_title(config, num_gpus, gpu, plan, seconds))
     console.print(ranking_table(plan, top))
     console.print(_time_table(winner, baseline))
@@ -97,12 +99,18 @@ def parse_layout(text: str, num_gpus: int) -> Layout:
 
 def _baseline(
     config: Config, num_gpus: int, gpu: Gpu, text: str | None
-) -> tuple[Candidate, str | None]:
+) -> tuple[Candidate | None, str | None]:
     """The given layout, or that of the configuration; everything else as configured.
 
-    The second result says why it would not train, if so; it is compared with all the same.
+    The second result says why it would not train, if so; it is compared with all the same, unless
+    it makes no sense at all. Raises ConfigError for a given layout that makes none.
     """
-    layout = parse_layout(text, num_gpus) if text else layout_for(config.parallel, num_gpus)
+    try:
+        layout = parse_layout(text, num_gpus) if text else layout_for(config.parallel, num_gpus)
+    except ConfigError as error:
+        if text:
+            raise
+        return None, str(error)
     axes = {axis: getattr(layout, axis) for axis in AXES}
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=axes)})
     case = Case(config, model_shape(config.model, config.optim), layout)
@@ -112,7 +120,7 @@ def _baseline(
     except ConfigError as error:
         objection = str(error)
     if not case.num_microbatches:
-        raise ConfigError(objection or "the layout reads more rows than a step has")
+        return None, objection
     memory = peak_memory(case, load_efficiency())
     usable = usable_bytes(gpu, load_efficiency())
     if objection is None and memory.total > usable:

@@ -35,6 +35,11 @@ def explain(winner: Candidate, baseline: Candidate, ranking: Sequence[Candidate]
     Of the ``ranking``, what the baseline's layout could do with other settings is told as well.
     """
     new, old = winner.cost, baseline.cost
+    if winner is baseline:
+        return (
+            f"{winner}: predicted {new.tokens_per_s:,.0f} tokens/s/GPU, {_us(new):.1f} "
+            "GPU-microseconds per token."
+        )
     ratio = new.tokens_per_s / old.tokens_per_s
     sentences = [
         f"{winner}: predicted {new.tokens_per_s:,.0f} tokens/s/GPU, {ratio:.2f} times the "
