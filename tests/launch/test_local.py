@@ -90,3 +90,45 @@ def test_usage_is_explained() -> None:
     done = subprocess.run(["launch/local.sh"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "usage: launch/local.sh PROCESSES CONFIG" in done.stderr
+
+
+def _stand_in(tmp_path: Path, *overrides: str, **settings: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "TRINITY_RUN_DIR": str(tmp_path / "run"),
+        "TRINITY_PYTHON": sys.executable,
+        "TRINITY_COMMAND": f"{sys.executable} {ROOT / 'tests/launch/stand_in.py'}",
+        **settings,
+    }
+    return subprocess.Popen(
+        ["launch/local.sh", "2", "CONFIG", *overrides],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_script_saves_stops_and_goes_on_later(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = _stand_in(tmp_path, "steps=60")
+    _reach(tmp_path / "run", 12, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "SIGTERM: saved step" in output
+    again = _stand_in(tmp_path, "steps=60")
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 0, output
+    assert (tmp_path / "run/result").read_text() == str(60 * 61 // 2)
+
+
+def test_what_fails_every_time_is_given_up(tmp_path: Path) -> None:
+    process = _stand_in(tmp_path, "fail_at=12", TRINITY_MAX_RESTARTS="1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert output.count("failed at step 12\n") == 2
+    assert "failed with status 1" in output
