@@ -3,14 +3,15 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# Two threads at most: on small machines more of them only wait for one another.
-TEST_THREADS ?= 2
+# Two processes of one thread: much of the suite waits for other processes.
+TEST_WORKERS ?= 2
 
 train: $(VENV)/.ready
 	$(BIN)/trinity pretrain configs/tiny.toml
 
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -q -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile \
+	  -m "not gpu and not slow"
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tools.ledger import ROOT
+from tools.ledger import ROOT, run_layout
 from trinity.core.config import Config
 from trinity.core.load_config import load_config
 from trinity.models.lm import LanguageModel
@@ -142,3 +144,10 @@ def test_trinity_large_on_2048_ranks_moves_little_more_than_the_least(
     assert run.traffic["all-gather", "fsdp"].num_calls <= 1.05 * (2 * 60 + 2)
     assert run.traffic["all-gather", "expert_fsdp"].num_calls == 2 * 54
     assert run.num_parameters == pytest.approx(398_635_286_016 / 128, rel=1e-3)
+
+
+def test_a_job_in_the_same_process_is_not_taken_for_the_dry_run(tmp_path: Path) -> None:
+    """Ranks that inherited the dry run's meshes would all save what rank 0 has."""
+    axes: dict[str, object] = {"pp": 2, "dp_shard": 2, "ep": 2}
+    dry_run(_small("parallel.ep=2", "batch.microbatch_rows=1"), Layout(pp=2, dp_shard=2, ep=2))
+    run_layout(tmp_path / "run", "fp32", axes)

@@ -170,3 +170,19 @@ def _measured_matmul_flops(dtype: torch.dtype, size: int = 1024, repeats: int = 
         torch.mm(a, a)
         durations_s.append(time.perf_counter() - start_s)
     return 2 * size**3 / min(durations_s)
+
+
+def forget_meshes() -> None:
+    """Empty what DTensor remembers of operations.
+
+    It holds device meshes, with the place of this process in them, and takes a mesh of a later
+    process group for one of an earlier group that merely looks the same.
+    """
+    from torch.distributed.tensor import debug
+
+    clear = getattr(debug, "_clear_sharding_prop_cache", None)  # not in every release
+    if clear is None:
+        from torch.distributed.tensor import DTensor
+
+        clear = DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear
+    clear()

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinity.core.batch import Batch
 from trinity.core.config import Config
+from trinity.core.runtime import forget_meshes
 from trinity.core.sharding import local_tensor
 from trinity.nn import attention, head
 from trinity.ops.loss import VocabLoss
@@ -92,6 +93,7 @@ def dry_run(config: Config, layout: Layout, rank: int = 0) -> DryRun:
         )
     finally:
         dist.destroy_process_group()
+        forget_meshes()
 
 
 def _forward_backward(model: ParallelModel) -> None:
