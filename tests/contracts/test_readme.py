@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHELL_BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 SMALLER = {
-    "tools/bench/train_step.py": ["--rounds", "1", "--no-compile-peer", "--threads", "1"],
+    "tools/bench/train_step.py": ["--rounds", "1", "--no-compile-peer", "--sequence", "256"],
     "tools/bench/muon.py": ["--rounds", "1"],
     "tools/bench/data.py": ["--rounds", "1"],
 }

@@ -114,16 +114,17 @@ def _stand_in(tmp_path: Path, *overrides: str, **settings: str) -> subprocess.Po
 def test_a_signal_to_the_script_saves_stops_and_goes_on_later(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = _stand_in(tmp_path, "steps=60")
+    process = _stand_in(tmp_path, "steps=1000000")  # it does not end by itself, however slow we are
     _reach(tmp_path / "run", 12, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert "SIGTERM: saved step" in output
-    again = _stand_in(tmp_path, "steps=60")
+    last = int((tmp_path / "run/heartbeat").read_text()) + 30
+    again = _stand_in(tmp_path, f"steps={last}")
     output, _ = again.communicate(timeout=60)
     assert again.returncode == 0, output
-    assert (tmp_path / "run/result").read_text() == str(60 * 61 // 2)
+    assert (tmp_path / "run/result").read_text() == str(last * (last + 1) // 2)
 
 
 def test_what_fails_every_time_is_given_up(tmp_path: Path) -> None:

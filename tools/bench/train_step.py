@@ -33,7 +33,7 @@ from trinity.ckpt.hf import hf_state_dict
 from trinity.core.config import ModelConfig
 from trinity.models.lm import LanguageModel
 
-TOKENS_PER_STEP = {1024: 2048, 4096: 4096}
+TOKENS_PER_STEP = {256: 256, 1024: 2048, 4096: 4096}
 BALANCE_LOSS, Z_LOSS = 0.0, 0.0  # transformers has neither, so neither is raced
 
 
