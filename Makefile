@@ -3,13 +3,14 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+REFERENCES := $(VENV)/references
 # Two processes of one thread: much of the suite waits for other processes.
 TEST_WORKERS ?= 2
 
 train: $(VENV)/.ready
 	$(BIN)/trinity pretrain configs/tiny.toml
 
-test: $(VENV)/.ready-dev
+test: $(VENV)/.ready-dev $(REFERENCES)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile \
 	  -m "not gpu and not slow"
 
@@ -23,6 +24,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e '.[dev]'
+	touch $@
+
+# What tests/parity compares with, out of reach of everything else.
+$(REFERENCES)/.ready: tests/parity/references.txt | $(VENV)/.ready-dev
+	rm -rf $(REFERENCES)
+	$(BIN)/python -m pip install -q --no-deps --target $(REFERENCES) $(PIP_ARGS) -r $<
 	touch $@
 
 .PHONY: train test check

@@ -51,6 +51,13 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "tp2 x pp2 x fsdp2": {"pp": 2, "tp": 2, "dp_shard": 2},
 }
 ZERO_BUBBLE = {"pp_stages_per_rank": 2, "reshard_after_forward": False}
+HYBRID = [
+    "model.layer_pattern='M-SE2EXEWE*E'",
+    "model.num_hidden_layers=6",
+    "model.mamba2={head_dim=8, state_dim=8, num_groups=2, conv_width=3}",
+    "model.linear={head_dim=8, norm_groups=2}",
+]
+"""A layer of every linear-time type, then both kinds of attention."""
 VARIANTS: dict[str, tuple[dict[str, object], list[str]]] = {
     "pp2 interleaved": (
         {"pp": 2, "pp_schedule": "interleaved_1f1b", "pp_stages_per_rank": 2},
@@ -79,6 +86,19 @@ VARIANTS: dict[str, tuple[dict[str, object], list[str]]] = {
     "fsdp8 x ep2, experts cut by width": (
         {"dp_shard": 8, "ep": 2},
         ["model.num_experts=4"],
+    ),
+    "hybrid, fsdp2 x ep2 x cp2": ({"dp_shard": 2, "cp": 2, "ep": 2}, HYBRID),
+    "hybrid, cp4": ({"cp": 4}, HYBRID),
+    "hybrid, tp2": ({"tp": 2, "sequence_parallel": False}, HYBRID),
+    "hybrid, tp2 x cp2": ({"tp": 2, "cp": 2}, HYBRID),
+    "hybrid, pp2 x ep2": ({"pp": 2, "dp_shard": 2, "ep": 2}, HYBRID),
+    "hybrid, tp2 x ep2, full recompute": (
+        {"tp": 2, "ep": 2},
+        [*HYBRID, "train.recompute=full"],
+    ),
+    "hybrid, cp2 x ep2, selective recompute": (
+        {"cp": 2, "ep": 2},
+        [*HYBRID, "train.recompute=selective"],
     ),
 }
 """Schedules, recompute modes and combinations beyond the table, with their overrides."""

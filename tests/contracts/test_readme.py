@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,11 @@ SMALLER = {
 }
 
 
-def _commands() -> list[str]:
+SLOW = ("python tools/bench/train_step.py",)
+"""Commands that take a minute even so."""
+
+
+def _commands() -> list[Any]:
     text = "\n".join(
         path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     )
@@ -29,7 +34,13 @@ def _commands() -> list[str]:
         for block in SHELL_BLOCK.findall(text)
         for line in block.splitlines()
     ]
-    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    commands = dict.fromkeys(line for line in lines if line and not line.startswith("#"))
+    return [
+        pytest.param(command, marks=pytest.mark.slow, id=command)
+        if command.startswith(SLOW)
+        else command
+        for command in commands
+    ]
 
 
 @pytest.fixture(scope="module")

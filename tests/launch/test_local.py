@@ -107,6 +107,8 @@ def _stand_in(tmp_path: Path, *overrides: str, **settings: str) -> subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A shell cannot trap what was ignored before it; background jobs of scripts ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tools.ledger import ROOT
+from tools.ledger import HYBRID, ROOT
 from tools.ranks import on_ranks
 from trinity.core.config import ParallelConfig
 from trinity.core.errors import ConfigError
@@ -94,6 +94,21 @@ def test_the_axes_must_make_up_the_world() -> None:
         (Layout(dp_shard=16), [], "rows_per_step=8 is not a multiple"),
         (Layout(pp=2), ["batch.microbatch_rows=8"], "at least as many microbatches"),
         (Layout(pp=8), [], "needs at least 8 layers"),
+        (
+            Layout(tp=2),
+            [*HYBRID, "model.linear.norm_groups=1"],
+            "model.linear.norm_groups=1 is not a multiple of parallel.tp=2",
+        ),
+        (
+            Layout(tp=2),
+            [*HYBRID, "model.mamba2.num_groups=1"],
+            "model.mamba2.num_groups=1 is not a multiple of parallel.tp=2",
+        ),
+        (
+            Layout(cp=64),
+            [*HYBRID, "model.linear.conv_width=3"],
+            "mamba2.conv_width=3 reads 2 tokens back, parallel.cp leaves parts of 1 tokens",
+        ),
         (
             Layout(pp=2),
             [

@@ -39,7 +39,7 @@ def test_fp8_takes_the_linears_of_the_blocks_and_nothing_else() -> None:
 def test_fp8_rounds_the_products_and_learns_all_the_same(recipe: str) -> None:
     tokens_BS = torch.randint(0, 512, (2, 32))
     # Without experts: rounding makes some tokens choose another, which is no matter of precision.
-    dense = CONFIG.model_copy(update={"num_dense_layers": CONFIG.num_hidden_layers})
+    dense = CONFIG.model_copy(update={"ffn_types": ("dense",) * CONFIG.num_hidden_layers})
     exact = LanguageModel.initialized(dense, seed=1)
     rounded = LanguageModel.initialized(dense, seed=1)
     use_fp8(rounded, recipe)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 
-from tools.ledger import ROOT
+from tools.ledger import HYBRID, ROOT
 from trinity.core.config import Config
 from trinity.core.load_config import load_config
 from trinity.models.flops import train_flops_per_token
@@ -48,6 +48,12 @@ def test_parameters_and_flops_are_those_of_the_model(name: str) -> None:
     assert case.shape.num_parameters + biases == counts["total"]
     wanted = train_flops_per_token(config.model, config.batch.sequence_length)
     assert model_flops_per_token(case) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_flops_of_a_hybrid_are_those_of_the_model() -> None:
+    config = _small(*HYBRID)
+    wanted = train_flops_per_token(config.model, config.batch.sequence_length)
+    assert model_flops_per_token(_case(config, Layout())) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_two_layers_on_four_ranks_by_hand() -> None:
@@ -95,6 +101,9 @@ LAYOUTS = {
     ),
     "experts cut in width": (Layout(dp_shard=16), []),
     "cp": (Layout(cp=2, dp_shard=2, ep=2), ["parallel.cp=2", "parallel.ep=2"]),
+    "hybrid, fsdp x ep": (Layout(dp_shard=4, ep=2), ["parallel.ep=2", *HYBRID]),
+    "hybrid, cp": (Layout(cp=2, dp_shard=2, ep=2), ["parallel.cp=2", "parallel.ep=2", *HYBRID]),
+    "hybrid, tp": (Layout(tp=2, dp_shard=2), ["parallel.tp=2", *HYBRID]),
 }
 
 

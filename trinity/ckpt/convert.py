@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trinity.ckpt.hf import export_hf, import_hf
+from trinity.ckpt.hf_config import check_is_afmoe
 from trinity.ckpt.hf_names import Layout
 from trinity.ckpt.load import HF_CONFIG, RUN_CONFIG, RUN_TOKENIZER, usable_checkpoint
 from trinity.ckpt.store import load_tensors
@@ -33,6 +34,7 @@ def convert_to_hf(
         raise ConfigError(f"--layout {layout!r} is unknown; use {' or '.join(get_args(Layout))}")
     if (source / RUN_CONFIG).is_file():
         config = load_config(source / RUN_CONFIG).model
+        check_is_afmoe(config)
         checkpoint = usable_checkpoint(source)
 
         def tensor_of(name: str) -> Tensor:

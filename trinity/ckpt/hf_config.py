@@ -97,8 +97,10 @@ def write_hf_config(
     """Write ``config.json`` and ``generation_config.json`` with every key that any reader wants.
 
     Older readers take score_func, route_norm and rope_theta as attributes, newer ones
-    rope_parameters; both are there. ``bos`` and ``eos`` are None without a tokenizer.
+    rope_parameters; both are there. ``bos`` and ``eos`` are None without a tokenizer. Raises
+    CheckpointError for a model that AFMoE is not.
     """
+    check_is_afmoe(config)
     values = {
         "architectures": ["AfmoeForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -128,6 +130,19 @@ def write_hf_config(
     _write_json(directory / CONFIG_FILE, values)
     generation = {"_from_model_config": True, "bos_token_id": bos, "eos_token_id": eos}
     _write_json(directory / "generation_config.json", generation)
+
+
+def check_is_afmoe(config: ModelConfig) -> None:
+    """Raises CheckpointError when a layer is none of AFMoE's, which has no name for it."""
+    num_dense = config.num_dense_layers
+    expected = ("dense",) * num_dense + ("moe",) * (config.num_hidden_layers - num_dense)
+    foreign = set(config.layer_types) - {"sliding_attention", "full_attention"}
+    if foreign or config.ffn_types != expected:
+        what = f"layer_types holds {min(foreign)!r}" if foreign else "ffn_types is not dense first"
+        raise CheckpointError(
+            f"{what}: only models of sliding_attention and full_attention layers, dense ones "
+            "first, have a Hugging Face AFMoE form; keep the trinity checkpoint"
+        )
 
 
 def _rope_theta(path: Path, values: dict[str, Any]) -> float:

@@ -54,7 +54,7 @@ def pieces(config: ModelConfig, layout: Layout) -> Iterator[Piece]:
         our, hf = f"backbone.layers.{layer}.", f"model.layers.{layer}."
         for ours, theirs in IN_EVERY_LAYER.items():
             yield Piece(hf + theirs, our + ours)
-        if layer < config.num_dense_layers:
+        if config.ffn_types[layer] == "dense":
             for name in PROJECTIONS:
                 yield Piece(f"{hf}mlp.{name}.weight", f"{our}ffn.{name}.weight")
         else:
@@ -81,12 +81,12 @@ def _moe_pieces(config: ModelConfig, our: str, hf: str, layout: Layout) -> Itera
 
 def num_pieces(config: ModelConfig, layout: Layout) -> int:
     """How many there are, without listing them: a hostile config may claim a billion layers."""
-    num_moe_layers = config.num_hidden_layers - config.num_dense_layers
+    num_moe_layers = len(config.moe_layers)
     experts = 2 if layout == "fused" else 3 * config.num_experts
     shared = len(PROJECTIONS) if config.num_shared_experts else 0
     return (
         len(OUTSIDE)
         + config.num_hidden_layers * len(IN_EVERY_LAYER)
-        + config.num_dense_layers * len(PROJECTIONS)
+        + (config.num_hidden_layers - num_moe_layers) * len(PROJECTIONS)
         + num_moe_layers * (2 + shared + experts)
     )

@@ -1,110 +1,30 @@
 """The configuration of a run: frozen, fully checked models, one class per TOML table.
 
 A configuration is data. It is read from TOML (:mod:`trinity.core.load_config`), validated here
-once, and never changes afterwards. Keys of ``[model]`` carry the names of Hugging Face's AFMoE
-``config.json``, so that a key means the same in both places.
+once, and never changes afterwards. ``[model]`` has a module of its own
+(:mod:`trinity.core.model_config`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-MAX_LAYERS = 10_000
-"""No model has more; a configuration that claims a billion must not be expanded first."""
-LayerType = Literal["sliding_attention", "full_attention"]
-
-
-class Table(BaseModel):
-    """A TOML table: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class ModelConfig(Table):
-    """Shape of an AFMoE language model (Trinity technical report, table 1)."""
-
-    vocab_size: Positive = Field(description="rows of the embedding and of the head")
-    hidden_size: Positive = Field(description="model width D")
-    num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
-    num_dense_layers: NonNegative = Field(description="leading layers with a dense feed-forward")
-    intermediate_size: Positive = Field(description="width of a dense feed-forward")
-    num_attention_heads: Positive
-    num_key_value_heads: Positive
-    head_dim: Positive = Field(description="even; not necessarily D / heads")
-    num_experts: Positive = Field(description="routed experts per layer")
-    num_experts_per_tok: Positive = Field(description="routed experts each token visits")
-    moe_intermediate_size: Positive = Field(description="width of one expert")
-    num_shared_experts: NonNegative = 1
-    route_scale: PositiveFloat = Field(description="factor on the normalised routing weights")
-    sliding_window: Positive = Field(description="keys a local layer sees, the token included")
-    global_attn_every_n_layers: Positive = 4
-    layer_types: tuple[LayerType, ...] = Field(
-        default=(),
-        description="one entry per layer; filled from global_attn_every_n_layers when absent",
-    )
-    rope_theta: PositiveFloat = 10_000.0
-    rms_norm_eps: PositiveFloat = 1e-5
-    mup_enabled: bool = Field(default=True, description="scale the embedding by sqrt(D)")
-    max_position_embeddings: Positive = 131_072
-    init_std: PositiveFloat | None = Field(default=None, description="None means 0.5 / sqrt(D)")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_layer_types(cls, values: object) -> object:
-        if not isinstance(values, dict) or values.get("layer_types"):
-            return values
-        every = values.get("global_attn_every_n_layers", 4)
-        num_layers = values.get("num_hidden_layers")
-        if isinstance(every, int) and isinstance(num_layers, int) and every > 0:
-            num_layers = min(num_layers, MAX_LAYERS)
-            kinds = [
-                "full_attention" if (i + 1) % every == 0 else "sliding_attention"
-                for i in range(num_layers)
-            ]
-            return {**values, "layer_types": kinds}
-        return values
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries for "
-                f"num_hidden_layers={self.num_hidden_layers}; give one per layer or leave it out"
-            )
-        if self.num_dense_layers > self.num_hidden_layers:
-            raise ValueError(
-                f"num_dense_layers={self.num_dense_layers} exceeds "
-                f"num_hidden_layers={self.num_hidden_layers}; lower it"
-            )
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
-                f"num_experts={self.num_experts}; lower it"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
-        return self
-
-    @property
-    def weight_std(self) -> float:
-        """Standard deviation of the initial weights (report, eqs. 37-38)."""
-        return self.init_std if self.init_std is not None else 0.5 / math.sqrt(self.hidden_size)
+from trinity.core.model_config import LinearConfig as LinearConfig
+from trinity.core.model_config import Mamba2Config as Mamba2Config
+from trinity.core.model_config import ModelConfig
+from trinity.core.tables import (
+    Fraction,
+    Momentum,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Table,
+)
 
 
 class BalanceConfig(Table):

@@ -112,6 +112,8 @@ OPTIONAL_PACKAGES = (
     ("transformer-engine", "transformer_engine.pytorch", "FP8 linears on GPU", "cuda"),
     ("torchao", "torchao.float8", "FP8 linears on GPU, emulated elsewhere", "fp8"),
     ("mamba-ssm", "mamba_ssm", "state-space kernels on GPU", "cuda"),
+    ("retention", "retention", "squared-attention kernels on GPU", "cuda"),
+    ("flash-linear-attention", "fla", "linear-attention kernels on GPU", "cuda"),
     ("megatron-core", "megatron.core", "Megatron data interchange and engine", "megatron"),
     ("deepspeed", "deepspeed", "ZeRO and CPU-offload engine", "deepspeed"),
     ("triton", "triton", "our own GPU kernels", "cuda"),

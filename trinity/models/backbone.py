@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trinity.core.config import ModelConfig
-from trinity.nn.attention import KeyValueCache
-from trinity.nn.block import Block
+from trinity.nn.block import Block, LayerCache
 from trinity.nn.norm import RMSNorm
 from trinity.nn.rope import rope_tables
 
@@ -56,7 +55,7 @@ class Backbone(nn.Module):
         self,
         x_BSD: Tensor,
         document_ids_BS: Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
+        caches: Sequence[LayerCache] | None = None,
         first_position: int = 0,
     ) -> BackboneOutput:
         """Run all layers; ``first_position`` is where the row starts when caches hold its past."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trinity.core.config import ModelConfig
+from trinity.core.model_config import PRESETS, ModelConfig
 
 BACKWARD_FACTOR = 3
 """Forward + backward cost of a matrix product, in forward products. Recompute does not count."""
@@ -16,20 +16,48 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     packed rows.
     """
     width = config.hidden_size
+    experts_per_token = config.num_experts_per_tok + config.num_shared_experts
+    feed_forward = {
+        "dense": 3 * width * config.intermediate_size,
+        "moe": 3 * width * config.moe_intermediate_size * experts_per_token
+        + width * config.num_experts,
+        "none": 0,
+    }
+    layers = sum(
+        _mixer(config, mixer, sequence_length) + feed_forward[ffn]
+        for mixer, ffn in zip(config.layer_types, config.ffn_types, strict=True)
+    )
+    return 2 * BACKWARD_FACTOR * (layers + width * config.vocab_size)
+
+
+def _mixer(config: ModelConfig, layer_type: str, sequence_length: int) -> float:
+    """Multiply-adds per token of a token mixer, forward. Linear-time layers count as recurrences:
+    a token is added to the state of each head and read from it."""
+    width = config.hidden_size
+    if layer_type == "none":
+        return 0
+    if layer_type == "mamba2":
+        inner = config.mamba2_heads * config.mamba2.head_dim
+        shared = config.mamba2.num_groups * config.mamba2.state_dim
+        projections = width * (3 * inner + 2 * shared + config.mamba2_heads)
+        if config.mamba2.conv_width > 1:
+            projections += config.mamba2.conv_width * (inner + 2 * shared)
+        return projections + 2 * inner * config.mamba2.state_dim
+    if layer_type in PRESETS:
+        heads, kv_heads = config.linear_heads
+        dim, options = config.linear.head_dim, config.linear.options(layer_type)
+        num_rates = (options.decay != "none") + (options.value_dt and options.decay != "mamba2")
+        projections = width * (2 * heads * dim + 2 * kv_heads * dim + num_rates * kv_heads)
+        if config.linear.conv_width > 1:
+            projections += config.linear.conv_width * dim * (heads + 2 * kv_heads)
+        if options.power == "exp":
+            return projections + 2 * heads * dim * _mean_keys(False, config, sequence_length)
+        features = dim if options.power == 1 else dim * (dim + 1) // 2
+        return projections + (heads + kv_heads) * features * dim
     heads_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
-    num_moe_layers = config.num_hidden_layers - config.num_dense_layers
-    projections = config.num_hidden_layers * width * (3 * heads_width + 2 * kv_width)
-    dense = config.num_dense_layers * 3 * width * config.intermediate_size
-    experts_per_token = config.num_experts_per_tok + config.num_shared_experts
-    expert = 3 * width * config.moe_intermediate_size
-    experts = num_moe_layers * (experts_per_token * expert + width * config.num_experts)
-    head = width * config.vocab_size
-    scores = sum(
-        2 * heads_width * _mean_keys(kind == "sliding_attention", config, sequence_length)
-        for kind in config.layer_types
-    )
-    return 2 * BACKWARD_FACTOR * (projections + dense + experts + head + scores)
+    mean_keys = _mean_keys(layer_type == "sliding_attention", config, sequence_length)
+    return width * (3 * heads_width + 2 * kv_width) + 2 * heads_width * mean_keys
 
 
 def _mean_keys(local: bool, config: ModelConfig, sequence_length: int) -> float:

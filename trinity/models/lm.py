@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trinity.core.config import ModelConfig
 from trinity.models.backbone import Backbone, BackboneOutput
-from trinity.nn.attention import KeyValueCache
+from trinity.nn.block import LayerCache
 from trinity.nn.head import VocabularyHead
 from trinity.nn.init import initialize
 from trinity.nn.moe import MoE
@@ -75,7 +75,7 @@ class LanguageModel(nn.Module):
         self,
         tokens_BS: Tensor,
         document_ids_BS: Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
+        caches: Sequence[LayerCache] | None = None,
         first_position: int = 0,
     ) -> BackboneOutput:
         """Everything up to the head: hidden states (B, S, D) and routing statistics."""

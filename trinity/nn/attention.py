@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from trinity.core.config import LayerType, ModelConfig
+from trinity.core.model_config import LayerType, ModelConfig
 from trinity.nn.norm import RMSNorm
 from trinity.ops.attention import causal_attention
 from trinity.ops.elementwise import rotary, sigmoid_gate

@@ -19,6 +19,7 @@ from torch import Tensor
 from trinity.core.errors import ConfigError
 from trinity.ops.blocked_attention import blocked_attention
 from trinity.ops.common import accumulate_dtype, compute_dtype, exact_dtypes, not_traced
+from trinity.ops.triton_backends import triton_forgetting_attention
 
 
 def causal_attention(
@@ -67,6 +68,50 @@ def causal_attention(
         return BACKENDS[backend](q_BHSd, k_BGSd, v_BGSd, window, document_ids_BS)
 
 
+def forgetting_attention(
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    log_decay_BGS: Tensor,
+    *,
+    document_ids_BS: Tensor | None,
+    backend: str = "auto",
+) -> Tensor:
+    """Global causal attention whose scores decay with distance; (B, H, S, d).
+
+    The sum of ``log_decay`` (not positive, fp32) over the tokens after a key, up to the query, is
+    added to the score: the core of 2Mamba-E (arXiv 2602.17363, section 6) and of the Forgetting
+    Transformer (arXiv 2503.02130). There may be more keys than queries, as in
+    :func:`causal_attention`. ``backend`` is "blocked", "reference", "triton", or "auto".
+    """
+    dtype = compute_dtype(q_BHSd)
+    q_BHSd, k_BGSd, v_BGSd = q_BHSd.to(dtype), k_BGSd.to(dtype), v_BGSd.to(dtype)
+    log_decay_BGS = log_decay_BGS.to(accumulate_dtype(log_decay_BGS.dtype))
+    if backend == "auto":
+        triton = q_BHSd.is_cuda and q_BHSd.shape[2] == k_BGSd.shape[2]
+        backend = "triton" if triton else "blocked"
+    with exact_dtypes(q_BHSd):
+        if backend == "reference":
+            return attention_reference(
+                q_BHSd,
+                k_BGSd,
+                v_BGSd,
+                window=None,
+                document_ids_BS=document_ids_BS,
+                log_decay_BGS=log_decay_BGS,
+            )
+        if backend == "blocked":
+            return _blocked(q_BHSd, k_BGSd, v_BGSd, None, document_ids_BS, log_decay_BGS)
+        if backend == "triton":
+            return triton_forgetting_attention(
+                q_BHSd, k_BGSd, v_BGSd, log_decay_BGS, document_ids_BS
+            )
+    raise ConfigError(
+        f"backend {backend!r} of forgetting attention does not exist; use auto, blocked, reference "
+        "or triton"
+    )
+
+
 def attention_reference(
     q_BHSd: Tensor,
     k_BGSd: Tensor,
@@ -74,8 +119,9 @@ def attention_reference(
     *,
     window: int | None,
     document_ids_BS: Tensor | None,
+    log_decay_BGS: Tensor | None = None,
 ) -> Tensor:
-    """What ``causal_attention`` computes, with every score formed."""
+    """What ``causal_attention`` and ``forgetting_attention`` compute, with every score formed."""
     dtype = q_BHSd.dtype
     wide = accumulate_dtype(dtype)
     groups = q_BHSd.shape[1] // k_BGSd.shape[1]
@@ -83,6 +129,10 @@ def attention_reference(
     v_BHSd = v_BGSd.repeat_interleave(groups, dim=1).to(wide)
     scores_BHSS = q_BHSd.to(wide) @ k_BHSd.mT * q_BHSd.shape[-1] ** -0.5
     num_queries, num_keys = q_BHSd.shape[2], k_BGSd.shape[2]
+    if log_decay_BGS is not None:
+        sums_BHS = log_decay_BGS.cumsum(-1).repeat_interleave(groups, dim=1)
+        sums_BHSS = sums_BHS[..., -num_queries:, None] - sums_BHS[..., None, :]
+        scores_BHSS = scores_BHSS + sums_BHSS.to(wide)
     position = torch.arange(num_keys, device=q_BHSd.device)
     distance_SS = position[-num_queries:, None] - position[None, :]
     hidden = distance_SS < 0
@@ -109,11 +159,12 @@ def _blocked(
     v_BGSd: Tensor,
     window: int | None,
     document_ids_BS: Tensor | None,
+    log_decay_BGS: Tensor | None = None,
 ) -> Tensor:
     starts_BS = None
     if document_ids_BS is not None:
         starts_BS = document_starts(document_ids_BS)[:, -q_BHSd.shape[2] :]
-    return blocked_attention(q_BHSd, k_BGSd, v_BGSd, window, starts_BS)
+    return blocked_attention(q_BHSd, k_BGSd, v_BGSd, window, starts_BS, log_decay_BGS)
 
 
 @not_traced

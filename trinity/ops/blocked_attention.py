@@ -29,15 +29,21 @@ KEY_ALIGNMENT = 32
 
 @not_traced
 def blocked_attention(
-    q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, window: int | None, starts_BS: Tensor | None
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    window: int | None,
+    starts_BS: Tensor | None,
+    log_decay_BGS: Tensor | None = None,
 ) -> Tensor:
     """Causal attention, (B, H, S, d); see :func:`trinity.ops.attention.causal_attention`.
 
     ``starts_BS`` is, for each query, the position among the keys where its document starts. The
-    queries are the last of the positions that have keys.
+    queries are the last of the positions that have keys. ``log_decay_BGS`` is summed over the
+    positions after a key, up to the query's, and added to the score.
     """
     tiling = _tiling(q_BHSd, k_BGSd, window)
-    return _BlockedAttention.apply(q_BHSd, k_BGSd, v_BGSd, window, starts_BS, tiling)
+    return _BlockedAttention.apply(q_BHSd, k_BGSd, v_BGSd, log_decay_BGS, window, starts_BS, tiling)
 
 
 class _Tile(NamedTuple):
@@ -84,9 +90,18 @@ class _View:
     """Who sees whom in one call, cut into tiles."""
 
     def __init__(
-        self, like: Tensor, num_keys: int, window: int | None, starts_BS: Tensor | None
+        self,
+        like: Tensor,
+        num_keys: int,
+        window: int | None,
+        starts_BS: Tensor | None,
+        log_decay_BGS: Tensor | None,
     ) -> None:
         self.like = like
+        # In fp64: over a long row the sums grow large, and only small differences count.
+        self.sums_NS = (
+            None if log_decay_BGS is None else log_decay_BGS.double().cumsum(-1).flatten(0, 1)
+        )
         self.num_tokens = like.shape[2]
         self.num_before = num_keys - self.num_tokens
         """Keys before the first query's own."""
@@ -138,6 +153,17 @@ class _View:
         foreign = key[:, None] < starts_Bnr[..., None]
         scores.add_(_minus_infinity(foreign, self.like)[:, None, :, None])
 
+    def decay(self, scores_Nqk: Tensor, tile: _Tile) -> None:
+        """Add the decay from each key to the first query of its block; scores (N * blocks, q, k).
+
+        What is left from there to the query is the same for all keys of the query, and cancels.
+        """
+        if self.sums_NS is None:
+            return
+        of_key = tile.stacked_keys(self.sums_NS.unsqueeze(-1)).squeeze(-1)
+        first = tile.first + self.num_before - tile.first_key
+        scores_Nqk.add_((of_key[:, first : first + 1] - of_key).unsqueeze(1))
+
     def _bias(self, side: str, diagonal: int, rows: int, columns: int) -> Tensor:
         """The triangle of keys "after" column row + diagonal, or of those "until" it."""
         key = (side, diagonal, rows, columns)
@@ -167,6 +193,7 @@ class _BlockedAttention(torch.autograd.Function):
         q_BHSd: Tensor,
         k_BGSd: Tensor,
         v_BGSd: Tensor,
+        log_decay_BGS: Tensor | None,
         window: int | None,
         starts_BS: Tensor | None,
         tiling: tuple[int, int],
@@ -174,7 +201,7 @@ class _BlockedAttention(torch.autograd.Function):
         k_NSd, v_NSd = k_BGSd.flatten(0, 1), v_BGSd.flatten(0, 1)
         out_BHSd = torch.empty_like(q_BHSd)
         num_groups = k_BGSd.shape[1]
-        view = _View(q_BHSd, k_NSd.shape[1], window, starts_BS)
+        view = _View(q_BHSd, k_NSd.shape[1], window, starts_BS, log_decay_BGS)
         saved: list[Tensor] = []
         saved_bytes = 0
         for tile in view.tiles(*tiling):
@@ -187,7 +214,7 @@ class _BlockedAttention(torch.autograd.Function):
                 saved.append(p_Nqk)
             else:
                 saved.clear()
-        ctx.save_for_backward(q_BHSd, k_BGSd, v_BGSd, starts_BS, *saved)
+        ctx.save_for_backward(q_BHSd, k_BGSd, v_BGSd, starts_BS, log_decay_BGS, *saved)
         ctx.window, ctx.tiling = window, tiling
         return out_BHSd
 
@@ -204,6 +231,7 @@ def _probabilities(q_Nqd: Tensor, k_Nkd: Tensor, tile: _Tile, view: _View) -> Te
     scale = q_Nqd.shape[-1] ** -0.5
     torch.baddbmm(scores, q_Nqd, k_Nkd.mT, beta=0, alpha=scale, out=scores)
     batch = view.like.shape[0]
+    view.decay(scores, tile)
     view.hide(scores.view(batch, -1, tile.num_blocks, *_rows(q_Nqd, tile), tile.num_keys), tile)
     return torch.softmax(scores, -1, out=scores)  # the kernel has read a row before it writes it
 
@@ -212,15 +240,16 @@ def _rows(q_Nqd: Tensor, tile: _Tile) -> tuple[int, int]:
     return q_Nqd.shape[1] // tile.rows, tile.rows
 
 
-def _blocked_backward(ctx: Any, grad_BHSd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q_BHSd, k_BGSd, v_BGSd, starts_BS, *saved = ctx.saved_tensors
+def _blocked_backward(ctx: Any, grad_BHSd: Tensor) -> tuple[Tensor | None, ...]:
+    q_BHSd, k_BGSd, v_BGSd, starts_BS, log_decay_BGS, *saved = ctx.saved_tensors
     num_groups, scale = k_BGSd.shape[1], q_BHSd.shape[-1] ** -0.5
     k_NSd, v_NSd = k_BGSd.flatten(0, 1), v_BGSd.flatten(0, 1)
     grad_q = torch.empty_like(q_BHSd)
     wide = accumulate_dtype(k_NSd.dtype)
     grad_k = k_NSd.new_zeros(k_NSd.shape, dtype=wide)
     grad_v = v_NSd.new_zeros(v_NSd.shape, dtype=wide)
-    view = _View(q_BHSd, k_NSd.shape[1], ctx.window, starts_BS)
+    view = _View(q_BHSd, k_NSd.shape[1], ctx.window, starts_BS, log_decay_BGS)
+    grad_sums_NS1 = None if view.sums_NS is None else torch.zeros_like(view.sums_NS).unsqueeze(-1)
     for index, tile in enumerate(view.tiles(*ctx.tiling)):
         q_Nqd = tile.stacked_queries(q_BHSd, num_groups)
         grad_Nqd = tile.stacked_queries(grad_BHSd, num_groups)
@@ -229,11 +258,19 @@ def _blocked_backward(ctx: Any, grad_BHSd: Tensor) -> tuple[Tensor, Tensor, Tens
         tile.add_to_keys(grad_v, torch.bmm(p_Nqk.mT, grad_Nqd))
         grad_Nqk = torch.bmm(grad_Nqd, tile.stacked_keys(v_NSd).mT)
         softmax_backward_(grad_Nqk, p_Nqk)
+        if grad_sums_NS1 is not None:
+            part = grad_Nqk.sum(1, dtype=wide).neg_().unsqueeze(-1)
+            tile.add_to_keys(grad_sums_NS1, part.double())
         tile.add_to_keys(grad_k, torch.bmm(grad_Nqk.mT, q_Nqd))
         target = tile.queries(grad_q, num_groups)
         torch.mul(torch.bmm(grad_Nqk, k_Nkd).view(target.shape), scale, out=target)
     grad_k = grad_k.mul_(scale).to(k_BGSd.dtype).view(k_BGSd.shape)
-    return grad_q, grad_k, grad_v.to(v_BGSd.dtype).view(v_BGSd.shape)
+    grad_decay = None
+    if grad_sums_NS1 is not None:
+        # A log decay is part of the sums of all later keys.
+        grad_NS = grad_sums_NS1.squeeze(-1).flip(-1).cumsum(-1).flip(-1)
+        grad_decay = grad_NS.to(log_decay_BGS.dtype).view(log_decay_BGS.shape)
+    return grad_q, grad_k, grad_v.to(v_BGSd.dtype).view(v_BGSd.shape), grad_decay
 
 
 def _tiling(q_BHSd: Tensor, k_BGSd: Tensor, window: int | None) -> tuple[int, int]:

@@ -54,6 +54,16 @@ def not_traced(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def scratch_bmm(a_Nmk: Tensor, b_Nkn: Tensor) -> Tensor:
+    """``torch.bmm`` into new memory that selective recompute does not keep.
+
+    For what a custom node forms on its way and may write over: kept, it would cost its memory until
+    the backward, which forms it anyway.
+    """
+    out = a_Nmk.new_empty(a_Nmk.shape[0], a_Nmk.shape[1], b_Nkn.shape[2])
+    return torch.bmm(a_Nmk, b_Nkn, out=out)
+
+
 def softmax_backward_(grad: Tensor, probabilities: Tensor) -> Tensor:
     """Replace ``grad`` by the gradient of the logits: p * (grad - sum(grad * p)), last dim."""
     return torch.ops.aten._softmax_backward_data.out(

@@ -22,12 +22,14 @@ ROUTER = "router"
 TABLE_LIKE = "embedding or head"
 VECTOR = "vector"
 
-# First match wins. Convolution kernels are 3-D but no stack of matrices, so they have a row.
+# First match wins. Convolutions and rates (a row per head) have two dims but are no matrices.
 KINDS: tuple[tuple[str, str], ...] = (
     ("*norm.weight", VECTOR),
     ("embed_tokens.weight", TABLE_LIKE),
     ("lm_head.weight", TABLE_LIKE),
-    ("*.conv*", VECTOR),
+    ("*_conv.*", VECTOR),
+    ("*.mixer.rates.*", VECTOR),
+    ("*.mixer.skip.weight", VECTOR),
     ("*.ffn.router.weight", ROUTER),
     ("*.mixer.*_proj.weight", MATRIX),
     ("*.ffn.*_proj.weight", MATRIX),

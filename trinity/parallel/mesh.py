@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trinity.core.config import Config, ParallelConfig
 from trinity.core.errors import ConfigError
+from trinity.core.model_config import PRESETS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -122,22 +123,17 @@ def check_layout(config: Config, layout: Layout) -> None:
     """
     model, batch = config.model, config.batch
     num_stages = layout.pp * config.parallel.pp_stages_per_rank
-    _require_divides(
-        "parallel.tp", layout.tp, "model.num_key_value_heads", model.num_key_value_heads
-    )
-    _require_divides(
-        "parallel.tp", layout.tp, "model.num_attention_heads", model.num_attention_heads
-    )
-    _require_divides("parallel.tp", layout.tp, "model.intermediate_size", model.intermediate_size)
-    _require_divides("parallel.tp", layout.tp, "model.vocab_size", model.vocab_size)
+    for name, value in _cut_over_tp(model).items():
+        _require_divides("parallel.tp", layout.tp, f"model.{name}", value)
     _require_divides(
         "parallel.cp x parallel.tp",
         layout.cp * layout.tp,
         "batch.sequence_length",
         batch.sequence_length,
     )
+    _check_convolutions(model, batch.sequence_length // layout.cp)
     _require_divides("parallel.ep", layout.ep, "parallel.dp_shard x cp x tp", layout.copy_size)
-    if model.num_dense_layers < model.num_hidden_layers:
+    if model.moe_layers:
         _require_divides("parallel.ep", layout.ep, "model.num_experts", model.num_experts)
         _check_expert_shards(config, layout)
     for rows in (batch.rows_per_step, *(point.rows_per_step for point in batch.ramp)):
@@ -167,6 +163,39 @@ def check_layout(config: Config, layout: Layout) -> None:
             f"needs at least {num_stages} layers; model.num_hidden_layers="
             f"{model.num_hidden_layers}"
         )
+
+
+def _cut_over_tp(model: ModelConfig) -> dict[str, int]:
+    """What tensor parallelism divides, of the layers that there are."""
+    divided = {
+        "vocab_size": model.vocab_size,
+        "intermediate_size": model.intermediate_size,
+    }
+    kinds = set(model.layer_types)
+    if kinds & {"sliding_attention", "full_attention"}:
+        divided["num_attention_heads"] = model.num_attention_heads
+        divided["num_key_value_heads"] = model.num_key_value_heads
+    if "mamba2" in kinds:
+        divided["mamba2.num_heads"] = model.mamba2_heads
+        divided["mamba2.num_groups"] = model.mamba2.num_groups
+    for kind in kinds & PRESETS.keys():
+        divided["linear.num_heads"], divided["linear.num_kv_heads"] = model.linear_heads
+        if model.linear.options(kind).norm == "rms":
+            divided["linear.norm_groups"] = model.linear.norm_groups
+    return divided
+
+
+def _check_convolutions(model: ModelConfig, part: int) -> None:
+    """A convolution may read back into the part before, not beyond it."""
+    kinds = set(model.layer_types)
+    widths = {"mamba2.conv_width": model.mamba2.conv_width if "mamba2" in kinds else 1}
+    widths["linear.conv_width"] = model.linear.conv_width if kinds & PRESETS.keys() else 1
+    for name, width in widths.items():
+        if width - 1 > part:
+            raise ConfigError(
+                f"model.{name}={width} reads {width - 1} tokens back, parallel.cp leaves parts of "
+                f"{part} tokens; lower parallel.cp"
+            )
 
 
 def expert_shard_dim(num_local_experts: int, expert_width: int, shards: int) -> int | None:

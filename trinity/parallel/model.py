@@ -75,7 +75,7 @@ class ParallelModel:
         for stage in self.stages:
             for name, block in stage.model.backbone.layers.items():
                 if isinstance(block.ffn, MoE):
-                    yield int(name) - self.config.model.num_dense_layers, block.ffn
+                    yield self.config.model.moe_layers.index(int(name)), block.ffn
 
     def local_batch(self, batch: Batch) -> Batch:
         """The rank's part of the rows of a batch, on its device."""

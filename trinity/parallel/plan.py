@@ -21,10 +21,12 @@ from trinity.models.backbone import RowPart
 from trinity.models.lm import LanguageModel
 from trinity.nn.block import Block
 from trinity.nn.init import initialize
+from trinity.nn.mamba2 import Skip
 from trinity.nn.moe import MoE, RowSum
 from trinity.nn.norm import RMSNorm
+from trinity.nn.rates import Rates
 from trinity.nn.router import SigmoidRouter
-from trinity.parallel.context import KeyValueHalo
+from trinity.parallel.context import share_rows
 from trinity.parallel.expert import shard_experts
 from trinity.parallel.mesh import Layout, Meshes, expert_shard_dim
 from trinity.parallel.precision import use_fp8
@@ -90,10 +92,7 @@ def _cut(model: LanguageModel, meshes: Meshes, config: Config) -> None:
     if layout.ep > 1:
         shard_experts(model, meshes.sparse["ep"], config.parallel.dispatcher)
     if layout.cp > 1:
-        halo = KeyValueHalo(meshes.rows["cp"].get_group())
-        for block in model.backbone.layers.values():
-            assert isinstance(block, Block)
-            block.mixer.context = halo
+        share_rows(model.backbone.layers.values(), meshes.rows["cp"].get_group())
     stream_split = layout.tp if config.parallel.sequence_parallel else 1
     model.backbone.row_part = RowPart(meshes.at.cp, stream_split)
     if layout.cp * layout.tp > 1:
@@ -164,4 +163,4 @@ def _expert_placement(parameter: nn.Parameter, *, dim: int) -> Shard:
 
 def _kept_exact(block: nn.Module) -> Iterable[nn.Module]:
     """Modules whose parameters are used in fp32 in any precision."""
-    return (m for m in block.modules() if isinstance(m, RMSNorm | SigmoidRouter))
+    return (m for m in block.modules() if isinstance(m, RMSNorm | SigmoidRouter | Rates | Skip))

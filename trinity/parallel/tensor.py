@@ -22,6 +22,7 @@ from torch.distributed.tensor.placement_types import Placement
 from trinity.models.lm import LanguageModel
 from trinity.nn.block import Block
 from trinity.nn.moe import MoE
+from trinity.nn.norm import RMSNorm
 from trinity.ops.loss import VocabularyShard
 from trinity.parallel.collectives import (
     copy_to_ranks,
@@ -36,8 +37,13 @@ from trinity.parallel.local import compute_with_local_parameters
 POSITIONS = 1
 """The dim of (B, S, D) that sequence parallelism cuts."""
 
-CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+CUT_BY_ROWS = (
+    *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    *("q_conv", "k_conv", "v_conv", "rates", "skip", "out_norm"),
+)
+"""Rows, or entries, belong to heads or hidden units."""
 CUT_BY_COLUMNS = ("o_proj", "down_proj")
+USED_BY_EVERY_HEAD = ("q_norm", "k_norm")
 
 
 def shard_tensors(model: LanguageModel, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
@@ -52,19 +58,14 @@ def shard_tensors(model: LanguageModel, mesh: DeviceMesh, *, sequence_parallel: 
     on_stream = Partial() if sequence_parallel else Replicate()
     for block in model.backbone.layers.values():
         assert isinstance(block, Block)
-        for norm in (
-            block.mixer_pre_norm,
-            block.mixer_post_norm,
-            block.ffn_pre_norm,
-            block.ffn_post_norm,
-        ):
-            _distribute(norm, mesh, Replicate(), on_stream)
-        _cut_branch(block.mixer, mesh, stream)
-        for norm in (block.mixer.q_norm, block.mixer.k_norm):  # every rank: its own heads
-            _distribute(norm, mesh, Replicate(), Partial())
+        for norm in block.children():
+            if isinstance(norm, RMSNorm):
+                _distribute(norm, mesh, Replicate(), on_stream)
+        if block.mixer is not None:
+            _cut_branch(block.mixer, mesh, stream)
         if isinstance(block.ffn, MoE):
             _place_moe(block.ffn, mesh, stream)
-        else:
+        elif block.ffn is not None:
             _cut_branch(block.ffn, mesh, stream)
     if model.embed_tokens is not None:
         _distribute(model.embed_tokens, mesh, Shard(0), Shard(0))
@@ -114,11 +115,14 @@ class _Stream:
 
 
 def _cut_branch(branch: nn.Module, mesh: DeviceMesh, stream: _Stream) -> None:
-    for name, linear in branch.named_children():
+    for name, module in branch.named_children():
         if name in CUT_BY_ROWS:
-            _distribute(linear, mesh, Shard(0), Shard(0))
+            _distribute(module, mesh, Shard(0), Shard(0))
         elif name in CUT_BY_COLUMNS:
-            _distribute(linear, mesh, Shard(1), Shard(1))
+            _distribute(module, mesh, Shard(1), Shard(1))
+        else:
+            assert name in USED_BY_EVERY_HEAD, f"no rule for {name}"  # every rank: its own heads
+            _distribute(module, mesh, Replicate(), Partial())
     branch.register_forward_pre_hook(stream.before_branch)
     branch.register_forward_hook(stream.after_branch)
 

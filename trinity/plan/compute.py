@@ -88,7 +88,7 @@ def block_time(case: Case, machine: Machine, kind: BlockShape) -> BlockTime:
     linears = machine if case.config.train.fp8 == "off" else machine._replace(gemm="fp8")
     dense = shared = experts = router = 0.0
     for weight in kind.weights:
-        if weight.group == "matrices":
+        if weight.group == "matrices" and len(weight.shape) == 2:
             rows, columns = weight.gathered_shape(case.layout)
             if weight.name.startswith("ffn.shared."):
                 shared += linears.product_s(case.moe_tokens, rows, columns)
@@ -99,9 +99,11 @@ def block_time(case: Case, machine: Machine, kind: BlockShape) -> BlockTime:
         elif weight.name == "ffn.router.weight":
             flops = 2.0 * case.moe_tokens * math.prod(weight.shape)
             router += flops / (machine.gpu.fp32_flops * machine.efficiency.gemm_fp32)
-    attention = case.shape.attention
-    per_key = 2 * (attention.query + attention.output) / tp
-    scores = per_key * case.tokens * busiest_mean_keys(case, kind.window)
+    mixer = kind.mixer
+    multiplies = mixer.scan_multiplies
+    if mixer.sees_tokens:
+        multiplies += (mixer.query + mixer.output) * busiest_mean_keys(case, mixer.window)
+    scores = 2 * multiplies * case.tokens / tp
     rate = machine.gpu.bf16_flops * machine.efficiency.attention
     return BlockTime(
         dense,
@@ -150,13 +152,18 @@ def pass_bytes(case: Case, kind: BlockShape) -> float:
     norms of q and k with positions, gates and activations are one pass each; rows are gathered to
     be sent, sorted on arrival, and added up on return.
     """
-    config, attention = case.shape.config, case.shape.attention
+    config, mixer = case.shape.config, kind.mixer
     width = config.hidden_size
     heads = case.tokens / case.layout.tp
-    elements = 10 * width * case.stream_tokens
-    elements += 2 * heads * (attention.query + attention.key)
-    elements += 3 * heads * attention.output if attention.is_gated else 0
-    if not kind.has_experts:
+    halves = (mixer.output > 0) + (kind.feed_forward != "none")
+    elements = 5 * halves * width * case.stream_tokens
+    elements += 2 * heads * (mixer.query + mixer.key)
+    elements += 3 * heads * mixer.output if mixer.is_gated else 0
+    if not mixer.sees_tokens:  # values are convolved too
+        elements += 2 * heads * mixer.value
+    if kind.feed_forward == "none":
+        pass
+    elif not kind.has_experts:
         elements += 3 * case.tokens / case.layout.tp * config.intermediate_size
     else:
         tokens = case.moe_tokens

@@ -201,7 +201,7 @@ def model_flops_per_token(case: Case) -> float:
 
 @lru_cache(maxsize=64)
 def _flops_per_token(shape: ModelShape, length: int) -> float:
-    config, attention = shape.config, shape.attention
+    config = shape.config
     multiplies = float(config.vocab_size * config.hidden_size)
     for kind, count in shape.kinds_of(range(config.num_hidden_layers)):
         for weight in kind.weights:
@@ -211,9 +211,12 @@ def _flops_per_token(shape: ModelShape, length: int) -> float:
             if weight.group == "experts":
                 elements = elements * config.num_experts_per_tok / config.num_experts
             multiplies += count * elements
-        reach = length if kind.window is None else min(kind.window, length)
-        keys = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
-        multiplies += count * keys * (attention.query + attention.output)
+        mixer = kind.mixer
+        multiplies += count * mixer.recurrent_multiplies
+        if mixer.sees_tokens:
+            reach = length if mixer.window is None else min(mixer.window, length)
+            keys = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+            multiplies += count * keys * (mixer.query + mixer.output)
     return 6 * multiplies
 
 
@@ -356,7 +359,7 @@ def _rank_time(case: Case, machine: Machine, part: StagePart) -> RankTime:
         if mode == "full":
             recompute += count * (block.products + block.attention + block.passes)
         elif mode == "selective":  # fused attention is kept, that of windows is not
-            again = block.attention if kind.window is not None else 0.0
+            again = block.attention if kind.mixer.window is not None else 0.0
             recompute += count * (block.passes + again)
     vocabulary = vocabulary_time(case, machine) if part.has_head else None
     head = vocabulary.products + vocabulary.passes if vocabulary else 0.0

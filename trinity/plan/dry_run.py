@@ -26,8 +26,9 @@ from trinity.core.batch import Batch
 from trinity.core.config import Config
 from trinity.core.runtime import forget_meshes
 from trinity.core.sharding import local_tensor
-from trinity.nn import attention, head
+from trinity.nn import attention, head, linear_mixer, scan_mixer
 from trinity.ops.loss import VocabLoss
+from trinity.ops.scan import Scanned, empty_state
 from trinity.optim.groups import build_optimizers
 from trinity.parallel import expert
 from trinity.parallel.mesh import Layout, Meshes
@@ -184,6 +185,9 @@ def _stand_ins(layout: Layout) -> Iterator[None]:
     """Replace what looks at values, which fake tensors do not have."""
     with (
         mock.patch.object(attention, "causal_attention", _attention_of_shapes),
+        mock.patch.object(linear_mixer, "forgetting_attention", _forgetting_of_shapes),
+        mock.patch.object(scan_mixer, "scan", _scan_of_shapes),
+        mock.patch.object(scan_mixer, "final_state", _state_of_shapes),
         mock.patch.object(head, "linear_cross_entropy", _loss_of_shapes),
         mock.patch.object(expert, "exchange_counts", _balanced_counts),
         mock.patch("trinity.nn.feedforward.expert_ffn", _experts_of_shapes),
@@ -194,6 +198,31 @@ def _stand_ins(layout: Layout) -> Iterator[None]:
 
 def _attention_of_shapes(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     return q + (k.sum() + v.sum())
+
+
+def _forgetting_of_shapes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, **_: Any) -> Tensor:
+    return q + (k.sum() + v.sum() + log_decay.sum()).to(q.dtype)
+
+
+def _scan_of_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    **_: Any,
+) -> Scanned:
+    rest = q.sum() + k.sum() + log_decay.sum()
+    if initial_state is not None:
+        rest = rest + initial_state.sum()
+    out = v + rest.to(v.dtype)
+    return Scanned(out.repeat_interleave(max(1, q.shape[2] // v.shape[2]), dim=2), out)
+
+
+def _state_of_shapes(k: Tensor, v: Tensor, log_decay: Tensor, **options: Any) -> Tensor:
+    zeros = empty_state(k, v, power=options["power"], normalize=options["normalize"])
+    return zeros + (k.sum() + v.sum() + log_decay.sum())
 
 
 def _loss_of_shapes(x_TD: Tensor, weight_VD: Tensor, *_: Any, **__: Any) -> VocabLoss:

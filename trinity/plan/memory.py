@@ -198,7 +198,7 @@ def saved_bytes(case: Case, kind: BlockShape, mode: str, imbalance: float = 1.0)
     "none": inputs of every operator that needs them. "selective": the block's input and results of
     matrix products and of fused attention. "full": the block's input.
     """
-    config, attention, layout = case.shape.config, case.shape.attention, case.layout
+    config, attention, layout = case.shape.config, kind.mixer, case.layout
     width, element = config.hidden_size, case.compute_bytes
     stream = case.stream_tokens * width
     if mode == "full":
@@ -209,13 +209,17 @@ def saved_bytes(case: Case, kind: BlockShape, mode: str, imbalance: float = 1.0)
     gate = out if attention.is_gated else 0
     if mode == "selective":
         # Projections, the result of fused attention, the output projection; block input.
-        kept = out if kind.window is None else 0
+        kept = out if attention.window is None and attention.sees_tokens else 0
         mixer = stream + q_k + value + gate + kept + stream
     else:
         # Input, normed input (gathered), q and k before and after their norms, v, result of
         # attention, gate, gated result, output projection.
         mixer = stream + case.tokens * width + 2 * q_k + value + out + 2 * gate + stream
-    statistics = FP32 * heads * attention.num_heads
+    if not attention.sees_tokens:  # convolutions keep their inputs
+        mixer += q_k + value if mode == "none" else 0
+    if not attention.output:
+        mixer = 0.0
+    statistics = FP32 * heads * (attention.num_heads + attention.saved_states)
     ffn = _ffn_elements(case, kind, mode, imbalance)
     return element * (mixer + ffn) + statistics
 
@@ -224,6 +228,8 @@ def _ffn_elements(case: Case, kind: BlockShape, mode: str, imbalance: float) -> 
     config = case.shape.config
     width = config.hidden_size
     stream = case.stream_tokens * width
+    if kind.feed_forward == "none":
+        return 0.0
     if not kind.has_experts:
         hidden = case.tokens / case.layout.tp * config.intermediate_size
         if mode == "selective":

@@ -13,7 +13,8 @@ from trinity.parallel.mesh import Layout
 from trinity.plan.case import Case
 from trinity.plan.cost import Cost, Stack, step_cost
 from trinity.plan.hardware import load_gpu
-from trinity.plan.shapes import AttentionShape, OtherMixer, model_shape
+from trinity.plan.mixers import MixerShape
+from trinity.plan.shapes import OtherMixer, model_shape
 
 TABLE = Path(__file__).with_name("published.toml")
 WHOLE = 1 << 20
@@ -135,9 +136,9 @@ def _model(values: dict[str, Any], sequence_length: int) -> tuple[ModelConfig, O
             "v_proj": (key, width),
             "o_proj": (width, query),
         }
-        return model, OtherMixer(matrices, AttentionShape(query, key, key, query, heads, False))
+        return model, OtherMixer(matrices, MixerShape(query, key, key, query, heads, False))
     matrices = {name: tuple(shape) for name, shape in mixer.items() if name not in MIXER_WIDTHS}
-    attention = AttentionShape(
+    attention = MixerShape(
         mixer["query"], mixer["key"], mixer["value"], mixer["output"], heads, is_gated=False
     )
     return model, OtherMixer(matrices, attention)

@@ -212,7 +212,7 @@ def layouts(config: Config, num_gpus: int, gpu: Gpu) -> Iterator[Layout]:
     experts does not span copies of the model.
     """
     model, positions = config.model, config.batch.sequence_length
-    has_experts = model.num_dense_layers < model.num_hidden_layers
+    has_experts = bool(model.moe_layers)
     for pp in divisors(num_gpus):
         if pp > min(MAX_PP, model.num_hidden_layers):
             break

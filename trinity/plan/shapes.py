@@ -19,6 +19,7 @@ from trinity.models.lm import LanguageModel
 from trinity.optim.groups import parameter_table
 from trinity.parallel.mesh import Layout, expert_shard_dim
 from trinity.parallel.tensor import CUT_BY_COLUMNS, CUT_BY_ROWS
+from trinity.plan.mixers import MixerShape, mixer_shape
 
 Group = Literal["matrices", "experts", "exact", "words"]
 """Which FSDP group a parameter belongs to: its block's matrices, its block's experts, norms and
@@ -113,19 +114,6 @@ def sizes(weights: tuple[Weight, ...], layout: Layout, group: Group | None = Non
     return total
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """Elements per token of what attention works on, all heads together."""
-
-    query: int
-    key: int
-    value: int
-    output: int
-    num_heads: int
-    is_gated: bool
-    """Whether a gate of the output's size multiplies it."""
-
-
 @dataclass(frozen=True, eq=False)
 class EndShape:
     """Embedding, head and final norm, or some of them, or none. Compared by identity."""
@@ -141,8 +129,9 @@ class BlockShape:
     """Blocks that are alike in everything a plan looks at. Compared by identity, which is quick."""
 
     weights: tuple[Weight, ...]
-    window: int | None
-    has_experts: bool
+    mixer: MixerShape
+    feed_forward: str
+    """"dense", "moe" or "none"."""
     _sizes: dict[tuple[Layout, Group | None], Sizes] = field(default_factory=dict, repr=False)
 
     def sizes(self, layout: Layout, group: Group | None = None) -> Sizes:
@@ -152,10 +141,15 @@ class BlockShape:
             self._sizes[key] = sizes(self.weights, layout, group)
         return self._sizes[key]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward is a mixture of experts."""
+        return self.feed_forward == "moe"
+
     def is_like(self, other: BlockShape) -> bool:
         """Whether a plan cannot tell the two apart."""
-        mine = (self.weights, self.window, self.has_experts)
-        return mine == (other.weights, other.window, other.has_experts)
+        mine = (self.weights, self.mixer, self.feed_forward)
+        return mine == (other.weights, other.mixer, other.feed_forward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +161,6 @@ class ModelShape:
     kind_of_layer: tuple[int, ...]
     ends: dict[tuple[bool, bool], EndShape]
     """By whether the first and the last stage are there."""
-    attention: AttentionShape
 
     @property
     def num_parameters(self) -> int:
@@ -190,7 +183,7 @@ class OtherMixer(NamedTuple):
 
     matrices: Mapping[str, tuple[int, int]]
     """Name to (out, in)."""
-    attention: AttentionShape
+    attention: MixerShape
 
 
 def model_shape(
@@ -215,20 +208,13 @@ def model_shape(
             _, _, layer, rest = name.split(".", 3)
             blocks[int(layer)].append(weight._replace(name=rest))
     for layer, block in enumerate(blocks):
-        is_local = config.layer_types[layer] == "sliding_attention"
-        window = config.sliding_window if is_local else None
-        kind = BlockShape(tuple(block), window, has_experts=layer >= config.num_dense_layers)
+        shape = mixer_shape(config, layer, None if mixer is None else mixer.attention)
+        kind = BlockShape(tuple(block), shape, config.ffn_types[layer])
         alike = next((i for i, known in enumerate(kinds) if known.is_like(kind)), len(kinds))
         if alike == len(kinds):
             kinds.append(kind)
         kind_of_layer.append(alike)
-    return ModelShape(
-        config,
-        tuple(kinds),
-        tuple(kind_of_layer),
-        _ends(weights),
-        _afmoe_attention(config) if mixer is None else mixer.attention,
-    )
+    return ModelShape(config, tuple(kinds), tuple(kind_of_layer), _ends(weights))
 
 
 def _ends(weights: dict[str, Weight]) -> dict[tuple[bool, bool], EndShape]:
@@ -260,17 +246,11 @@ def _weight(name: str, shape: tuple[int, ...], is_muon: bool) -> Weight:
         group = "words"
     elif ".experts." in name:
         group = "experts"
-    elif module == "router" or module.endswith("norm"):
+    elif module in ("router", "rates", "skip") or module.endswith("norm"):
         group = "exact"
     tp_dim = None
-    if group == "words" or (group == "matrices" and module in CUT_BY_ROWS and not is_shared):
+    if group == "words" or (group != "experts" and module in CUT_BY_ROWS and not is_shared):
         tp_dim = 0
     elif group == "matrices" and module in CUT_BY_COLUMNS and not is_shared:
         tp_dim = 1
     return Weight(name, shape, group, tp_dim, is_muon)
-
-
-def _afmoe_attention(config: ModelConfig) -> AttentionShape:
-    query = config.num_attention_heads * config.head_dim
-    key = config.num_key_value_heads * config.head_dim
-    return AttentionShape(query, key, key, query, config.num_attention_heads, is_gated=True)

@@ -184,14 +184,24 @@ def _uncut(part: StagePart, layout: Layout) -> tuple[int, int]:
 
 
 def _context(case: Case, part: StagePart, ledger: _Ledger) -> None:
-    """Keys and values of earlier positions, and their gradients back; the last rank gets most."""
-    layout, attention, batch = case.layout, case.shape.attention, case.config.batch
+    """Keys and values of earlier positions, or states, and their gradients back; the last rank
+    gets most."""
+    layout, batch = case.layout, case.config.batch
     positions = batch.sequence_length // layout.cp
-    row = (attention.key + attention.value) // layout.tp * case.compute_bytes
     for kind, count in part.kinds:
-        _, receive = halo_positions(layout.cp - 1, layout.cp, positions, kind.window)
+        mixer = kind.mixer
+        microbatches = count * case.num_microbatches
+        calls = microbatches * (case.forward_passes + 1)
+        if not mixer.sees_tokens:
+            states = layout.cp * batch.microbatch_rows * FP32 * mixer.state / layout.tp
+            if states:
+                forward = microbatches * case.forward_passes
+                ledger.add("context", "all-gather", "cp", states, forward)
+                ledger.add("context", "reduce-scatter", "cp", states, microbatches)
+            continue
+        row = (mixer.key + mixer.value) // layout.tp * case.compute_bytes
+        _, receive = halo_positions(layout.cp - 1, layout.cp, positions, mixer.window)
         received = sum(receive) * batch.microbatch_rows * row
-        calls = count * case.num_microbatches * (case.forward_passes + 1)
         whole = received * layout.cp / (layout.cp - 1)
         ledger.add("context", "all-to-all", "cp", whole, calls)
 

@@ -105,7 +105,7 @@ def _sum_over_ranks(model: ParallelModel, num_microbatches: int, stopping: bool)
     """
     shape = model.config.model
     load_LE = torch.zeros(
-        shape.num_hidden_layers - shape.num_dense_layers,
+        len(shape.moe_layers),
         shape.num_experts,
         dtype=torch.float64,
         device=model.device,
