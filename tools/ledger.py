@@ -29,9 +29,10 @@ from trinity.train.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools/bench/results/ledger.json"
-TOLERANCE = {"fp64": 1e-10, "fp32": 2e-5}
+TOLERANCE = {"fp64": 1e-10, "fp32": 5e-5}
 """Largest relative difference: fp64 leaves eleven digits; in fp32 a changed order of summation
-grows through two optimizer steps, and through routing decisions that are close."""
+grows through two optimizer steps, through routing decisions that are close, and through sums of
+weights that 2Mamba divides by."""
 
 LAYOUTS: dict[str, dict[str, object]] = {
     "fsdp2": {"dp_shard": 2},
@@ -243,6 +244,16 @@ def axes_of(name: str) -> tuple[dict[str, object], list[str]]:
     return (LAYOUTS[name], []) if name in LAYOUTS else VARIANTS[name]
 
 
+def _save(table: dict[str, dict[str, float]], dtype: str) -> None:
+    """Replace these rows; keep the others."""
+    saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = saved.get(dtype, {}).get("rows", {}) | table
+    rows = {name: known[name] for name in (*LAYOUTS, *VARIANTS) if name in known}
+    ranks = {name: world_size_of(axes_of(name)[0]) for name in rows}
+    saved[dtype] = {"torch": torch.__version__, "ranks": ranks, "rows": rows}
+    RESULTS.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     """Print the table; the exit status is the number of layouts with a wrong cell."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -267,10 +278,7 @@ def main() -> int:
             table[name] = compare(outcome, singles[key])
             print(render({name: table[name]}, options.dtype)[-1], flush=True)
     if options.save:
-        saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        ranks = {name: world_size_of(axes_of(name)[0]) for name in table}
-        saved[options.dtype] = {"torch": torch.__version__, "ranks": ranks, "rows": table}
-        RESULTS.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        _save(table, options.dtype)
     return sum(max(row.values()) > TOLERANCE[options.dtype] for row in table.values())
 
 
