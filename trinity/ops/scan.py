@@ -279,7 +279,11 @@ def _divided(out_BSHe: Tensor, inputs: ScanInputs) -> Tensor:
             k_BSH1 = k_BSU1.repeat_interleave(heads.queries_per_key, dim=2)
             least = (inputs.scale * q_BSH1 * k_BSH1).square() * torch.finfo(wide).eps
             least = least.repeat_interleave(heads.values_per_key, dim=2).clamp(min=SMALLEST_SUM)
-        out_BSHe = out_BSHe[..., :-1] / out_BSHe[..., -1:].maximum(least)
+        values_BSHe, sums_BSH1 = out_BSHe[..., :-1], out_BSHe[..., -1:]
+        # No gradient through a row that fades: divided by so little it would be all noise.
+        faded_BSHe = values_BSHe.detach() / least
+        divided_BSHe = values_BSHe / sums_BSH1.maximum(least)
+        out_BSHe = torch.where(sums_BSH1 > least, divided_BSHe, faded_BSHe)
     return out_BSHe.to(inputs.dtype)
 
 
