@@ -21,7 +21,7 @@ SMALLER = {
 }
 
 
-SLOW = ("python tools/bench/train_step.py",)
+SLOW = ("python tools/bench/train_step.py", "trinity plan configs/large.toml")
 """Commands that take a minute even so."""
 
 

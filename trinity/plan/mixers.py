@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from trinity.core.model_config import PRESETS, ModelConfig
 from trinity.ops.chunked_scan import CHUNK_TOKENS
-from trinity.ops.squared_state import CHUNK_TOKENS as SQUARED_CHUNK_TOKENS
+from trinity.ops.squared_scan import usual_chunk_tokens
 
 FP32 = 4
 
@@ -87,7 +87,7 @@ def _linear(config: ModelConfig, layer_type: str) -> MixerShape:
         return shape
     chunk, features, column = CHUNK_TOKENS, dim, 0
     if options.power == 2:
-        chunk, features = SQUARED_CHUNK_TOKENS, dim * (dim + 1) // 2
+        chunk, features = usual_chunk_tokens(dim), dim * (dim + 1) // 2
         column = 1 if options.norm == "sum" else 0
     state = kv_heads * features * (dim + column)
     return replace(
