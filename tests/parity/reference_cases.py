@@ -46,8 +46,8 @@ def _inputs(num_tokens: int, heads: tuple[int, int], value_dim: int) -> dict[str
         "v": normal(BATCH, num_tokens, num_k, value_dim),
         "log_decay": -torch.nn.functional.softplus(normal(BATCH, num_tokens, num_k) - 1.0),
     }
-    # A first token whose query is orthogonal to its key divides 0 by 0 in a normalised scan, and
-    # each implementation has its own answer to that.
+    # retention takes log(|q . k| + 1e-6): a first token with a small product, whose output should
+    # not depend on it, gets a gradient from that.
     inputs["q"][:, 0] += inputs["k"][:, 0].repeat_interleave(num_q // num_k, dim=1)
     return inputs
 

@@ -105,6 +105,8 @@ def scan(
     )
     with exact_dtypes(q_BSHd):
         out_BSHe, state = BACKENDS[backend](inputs)
+        if normalize:
+            out_BSHe = _lone_values(out_BSHe, inputs)
         return Scanned(out_BSHe, state if return_state else None)
 
 
@@ -269,7 +271,8 @@ def _divided(out_BSHe: Tensor, inputs: ScanInputs) -> Tensor:
     """The sums of values over the sums of weights.
 
     Read from a state, a sum of weights is wrong by rounding errors of |q|^2 |k|^2, and can come out
-    negative where q is orthogonal to every key: such rows fade to 0 instead of blowing up.
+    negative where q is orthogonal to every key: such rows fade to 0 instead of blowing up. The more
+    tokens a row sees the less likely that is; rows of one token are left to ``_lone_values``.
     """
     if inputs.normalize:
         with torch.no_grad():
@@ -285,6 +288,26 @@ def _divided(out_BSHe: Tensor, inputs: ScanInputs) -> Tensor:
         divided_BSHe = values_BSHe / sums_BSH1.maximum(least)
         out_BSHe = torch.where(sums_BSH1 > least, divided_BSHe, faded_BSHe)
     return out_BSHe.to(inputs.dtype)
+
+
+def _lone_values(out_BSHe: Tensor, inputs: ScanInputs) -> Tensor:
+    """The outputs, with v itself for tokens that see no other: w v / w.
+
+    However small w is; and with no gradient to q and k, where rounding errors over w would reach
+    any size.
+    """
+    lone_BSU = torch.zeros_like(inputs.log_decay, dtype=torch.bool)
+    lone_BSU[:, 0] = True
+    if inputs.initial_state is not None:
+        # Its last column sums up weights: all zeros if and only if no token is in it.
+        lone_BSU[:, 0] = ~inputs.initial_state[..., -1].detach().any(-1)
+    if inputs.document_ids is not None:
+        ids_BS = inputs.document_ids
+        lone_BSU[:, 1:] = (ids_BS[:, 1:] != ids_BS[:, :-1]).unsqueeze(-1)
+    heads = heads_of(inputs.q, inputs.k, inputs.v, inputs.log_decay)
+    lone_BSH = lone_BSU.repeat_interleave(heads.queries_per_key, dim=2)
+    v_BSHe = inputs.v.repeat_interleave(heads.queries_per_key, dim=2)
+    return torch.where(lone_BSH.unsqueeze(-1), v_BSHe, out_BSHe)
 
 
 BACKENDS: dict[str, Callable[[ScanInputs], tuple[Tensor, Tensor | None]]] = {
