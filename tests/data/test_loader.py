@@ -153,7 +153,7 @@ def test_held_out_batches_are_fixed_and_never_trained_on(dataset: Dataset) -> No
 
 
 def test_describe_rows_names_what_a_batch_holds(dataset: Dataset, config: Config) -> None:
-    lines = _loader(dataset, config).describe_rows(0, 2)
+    lines = _loader(dataset, config).describe_rows(range(2))
     batch = _loader(dataset, config).next_rows(2)
     num_reads = int((batch.document_ids_BS.max(dim=1).values + 1).sum())
     assert len(lines) == num_reads

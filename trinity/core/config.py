@@ -76,6 +76,10 @@ class OptimConfig(Table):
     grad_clip: NonNegativeFloat = Field(
         default=1.0, description="global gradient norm limit; 0: off"
     )
+    clip_rule: Literal["fixed", "zclip"] = Field(
+        default="fixed",
+        description='"zclip" also clips norms that stand out from the recent ones (2504.02507)',
+    )
     muon: MuonConfig = MuonConfig()
     adamw: AdamWConfig = AdamWConfig()
 
@@ -154,6 +158,12 @@ class DataConfig(Table):
     )
     lanes: Positive = Field(default=8, description="independent row streams; a constant of the run")
     mask_documents: bool = Field(default=True, description="attention stays inside a document")
+    skip_rows: tuple[tuple[NonNegative, Positive], ...] = Field(
+        default=(), description="rows of the stream never trained on: [first, end) pairs, ascending"
+    )
+    exclude_documents: str | None = Field(
+        default=None, description='file of documents never opened: lines of "source number"'
+    )
     held_out_fraction: Fraction = 0.02
 
     @model_validator(mode="after")
@@ -165,6 +175,12 @@ class DataConfig(Table):
             raise ValueError(
                 f"buffer_documents={self.buffer_documents} is below lanes={self.lanes}; every lane "
                 "needs at least one document"
+            )
+        bounds = [bound for window in self.skip_rows for bound in window]
+        if bounds != sorted(set(bounds)):
+            raise ValueError(
+                f"skip_rows={[list(window) for window in self.skip_rows]} must be [first, end) "
+                "pairs that ascend and do not touch"
             )
         return self
 
@@ -273,10 +289,53 @@ class CheckpointConfig(Table):
         return self
 
 
+class StabilityConfig(Table):
+    """Which steps are not applied (:mod:`trinity.train.stability`).
+
+    A step whose loss or gradient is not finite never is: it ends the run, or is skipped.
+    """
+
+    skip_spikes: bool = Field(
+        default=False, description="skip steps with a spike of the loss, or without finite numbers"
+    )
+    loss_threshold: PositiveFloat = Field(
+        default=6.0, description="robust standard deviations above the recent median: a spike"
+    )
+    min_steps: Positive = Field(default=64, le=64, description="steps seen before any is judged")
+    max_skipped_in_a_row: Positive = Field(
+        default=20, description="more than these end the run, unless it rewinds"
+    )
+
+
+class RewindConfig(Table):
+    """Going back to an earlier state and around the data that did harm (trinity.train.rewind)."""
+
+    enabled: bool = False
+    snapshot_every_steps: Positive = Field(default=100, description="copies in host memory")
+    num_snapshots: Positive = Field(default=3, description="copies that are kept")
+    spikes: Positive = Field(default=5, description="more of them than this trigger a rewind ...")
+    window_steps: Positive = Field(default=50, description="... among so many steps")
+    margin_steps: NonNegative = Field(
+        default=50, description="go back at least this far before the first of them"
+    )
+    pad_steps: NonNegative = Field(
+        default=20, description="data skipped before the first spike and after the last, in steps"
+    )
+    max_attempts: Positive = Field(
+        default=3, description="rewinds without progress before giving up"
+    )
+    fp8_fallback: tuple[str, ...] = Field(
+        default=(), description='linears that a rewind takes out of FP8, such as "layers.3.*"'
+    )
+
+
 class LogConfig(Table):
     """What is written while training."""
 
     every_steps: Positive = 1
+    instruments_every_steps: NonNegative = Field(
+        default=10, description="how often the dearer instruments are read; 0: never"
+    )
     tensorboard: bool = True
 
 
@@ -296,6 +355,8 @@ class Config(Table):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    stability: StabilityConfig = StabilityConfig()
+    rewind: RewindConfig = RewindConfig()
     parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from trinity.core.batch import IGNORED_TARGET, Batch
 from trinity.core.config import DataConfig
 from trinity.data.build import Dataset, DocumentSet
 from trinity.data.pack import RowPlanner, Span
+from trinity.data.windows import RowWindows, read_excluded, without_documents
 
 
 class Loader:
@@ -42,8 +44,15 @@ class Loader:
         self._sets = [source.train for source in dataset.sources]
         self._names = [source.name for source in dataset.sources]
         self._rank, self._world_size = rank, world_size
+        lengths = [documents.lengths for documents in self._sets]
+        if config.exclude_documents is not None:
+            counts = [len(own) for own in lengths]
+            excluded = read_excluded(Path(config.exclude_documents), self._names, counts)
+            lengths = without_documents(lengths, excluded)
+        self.skipped = RowWindows(config.skip_rows)
+        """Rows that are passed over."""
         self._planner = RowPlanner(
-            [documents.lengths for documents in self._sets],
+            lengths,
             [source.weight for source in dataset.sources],
             sequence_length=sequence_length,
             packing=config.packing,
@@ -57,6 +66,7 @@ class Loader:
         """Lanes that only this process reads; None where rows are dealt out in blocks."""
         self.next_row = 0
         """Row of the global stream that comes next."""
+        self._check_windows()
 
     def next_rows(self, num_rows: int) -> Batch:
         """This process's share of the next ``num_rows`` rows of the global stream.
@@ -67,14 +77,27 @@ class Loader:
         share, rest = divmod(num_rows, self._world_size)
         if rest:
             raise ValueError(f"{num_rows} rows cannot be divided among {self._world_size} ranks")
-        every = range(self.next_row, self.next_row + num_rows)
+        every, following = self.skipped.take(self.next_row, num_rows)
         if self.own_lanes is None:
             mine = every[self._rank * share : (self._rank + 1) * share]
         else:
             mine = [row for row in every if row % self._planner.num_lanes in self.own_lanes]
         batch = read_rows(self._sets, [self._planner.row(row) for row in mine])
-        self.next_row += num_rows
+        self.next_row = following
         return batch
+
+    def skip_rows(self, first: int, end: int) -> None:
+        """Never read the rows ``first .. end - 1``. Raises DataError where lanes forbid it."""
+        self.skipped.add(first, end)
+        self._check_windows()
+
+    def rows_after(self, num_rows: int, count: int) -> list[int]:
+        """The ``count`` rows that follow the first ``num_rows`` that are read."""
+        return self.skipped.take(self.skipped.row_at(num_rows), count)[0]
+
+    def _check_windows(self) -> None:
+        if self.own_lanes is not None:
+            self.skipped.check_lanes(self._planner.num_lanes)
 
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """Where the stream stands, as int64 arrays of fixed shape.
@@ -91,12 +114,12 @@ class Loader:
         self.next_row = int(state["next_row"][0])
         self._planner.load_state(state, self.own_lanes)
 
-    def describe_rows(self, first: int, num_rows: int) -> list[str]:
-        """One line per read of the global rows ``first .. first + num_rows - 1``."""
+    def describe_rows(self, rows: Sequence[int]) -> list[str]:
+        """One line per read of some global rows, in ascending order."""
         return [
             f"row {number}: {self._names[span.source]} document {span.document}, "
             f"tokens {span.start}..{span.start + span.length - 1}"
-            for number in range(first, first + num_rows)
+            for number in rows
             for span in self._planner.row(number)
         ]
 
