@@ -159,7 +159,8 @@ def train(config: Config) -> dict[str, Any]:
         run = open_run(config, directory, torch.device("cpu"), resume=False)
         try:
             for _ in range(config.train.num_steps):
-                result = train_step(run.model, run.optimizers, run.next_microbatches(), config)
+                pending = train_step(run.model, run.optimizers, run.next_microbatches(), config)
+                result = pending.result()
                 run.advance(result.num_tokens)
                 losses.append(result.loss)
             (batches,) = run.validation.values()

@@ -152,7 +152,8 @@ def train(config: Config, directory: Path, num_steps: int, *, resume: bool) -> l
     run = open_run(config, directory, torch.device("cpu"), resume=resume)
     losses, norms, others = [], [], []
     for _ in range(num_steps):
-        result = train_step(run.model, run.optimizers, run.next_microbatches(), config)
+        pending = train_step(run.model, run.optimizers, run.next_microbatches(), config)
+        result = pending.result()
         run.advance(result.num_tokens)
         losses.append(result.loss)
         norms.append(result.grad_norm)

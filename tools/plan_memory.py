@@ -132,7 +132,8 @@ def _peak_growth(config: Config, directory: Path) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     run = open_run(config, directory, torch.device("cpu"), resume=False)
     for _ in range(NUM_STEPS):
-        result = train_step(run.model, run.optimizers, run.next_microbatches(), config)
+        pending = train_step(run.model, run.optimizers, run.next_microbatches(), config)
+        result = pending.result()
         run.advance(result.num_tokens)
     return _peak_resident() - before
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.train.poison import train as train_poisoned
 from tools.ledger import HYBRID, axes_as_overrides, ledger_config, train
 from tools.ranks import on_ranks
 from trinity.ckpt.convert import convert_to_hf
@@ -21,6 +22,14 @@ ALL_TABLES = [
     if isinstance(value, type) and issubclass(value, tables.Table) and value is not tables.Table
 ]
 
+GOES_BACK = [
+    "stability.skip_spikes=true",
+    "train.num_steps=28",
+    "rewind.enabled=true",
+    "rewind.spikes=2",
+    "rewind.pad_steps=1",
+    "rewind.snapshot_every_steps=10",
+]
 EXPANDED = {("ModelConfig", "layer_pattern")}
 """Shorthand that validation expands into other fields."""
 
@@ -68,6 +77,8 @@ def test_every_field_is_read_by_a_run_or_an_export(
     assert pretrain_command([str(tiny_toml), *overrides], None, None) == 0
     run_dir = next((tmp_path / "runs").iterdir())
     convert_to_hf(run_dir, tmp_path / "exported", dtype="keep", max_shard_bytes=10**9)
+    monkeypatch.setattr("tests.train.poison.load_config", quiet_load)
+    train_poisoned(tiny_toml, tmp_path / "rewound", GOES_BACK, range(80, 96))
     read |= _read_by_ranks(tmp_path, read, constructing)
     declared = {(table.__name__, name) for table in ALL_TABLES for name in table.model_fields}
     assert declared - read == EXPANDED

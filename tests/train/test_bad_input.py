@@ -114,9 +114,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     )  # fmt: skip
     _fails(done, TrainingError, "the step was not applied", "lower optim.muon.lr")
     assert not (run_dir / "DONE").exists()
-    steps = [row["step"] for row in read_metrics(run_dir, "train")]
+    rows = read_metrics(run_dir, "train")
+    assert [row["accepted"] for row in rows] == [True] * (len(rows) - 1) + [False]
     newest = max((run_dir / "checkpoints").glob("step-*"))
-    assert int(newest.name.removeprefix("step-")) == steps[-1]
+    assert int(newest.name.removeprefix("step-")) == rows[-2]["step"]
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint(tiny_toml: Path, tmp_path: Path) -> None:

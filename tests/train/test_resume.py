@@ -17,7 +17,15 @@ import trinity
 from trinity.core.runtime import SAVED_AND_STOPPED_EXIT_CODE
 from trinity.train.metrics import read_metrics
 
-TIMING_KEYS = {"tokens_per_s", "step_s", "mfu", "peak_memory_bytes"}
+TIMING_KEYS = {
+    "time",
+    "tokens_per_s",
+    "step_s",
+    "mfu",
+    "peak_memory_bytes",
+    "rank_ms",
+    "router_drift",  # since the reading before, which a restart has not
+}
 
 
 def _command(*arguments: str) -> list[str]:
@@ -48,7 +56,7 @@ def _start_and_signal(at_step: int, number: signal.Signals, run_dir: Path, *argu
 
 
 def _curve(run_dir: Path) -> list[dict[str, object]]:
-    rows = [row for row in read_metrics(run_dir) if row["kind"] != "checkpoint"]
+    rows = [row for row in read_metrics(run_dir) if row["kind"] not in ("checkpoint", "event")]
     return [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in rows]
 
 

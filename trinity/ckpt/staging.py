@@ -48,6 +48,15 @@ class HostStaging:
         for device in accelerators:
             torch.accelerator.current_stream(device).synchronize()
 
+    @torch.no_grad()
+    def copy_to(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Write the copies back into tensors of the same names; returns those."""
+        assert tensors.keys() == self._buffers.keys()
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local.copy_(self._buffers[name])
+        return tensors
+
     def clear(self) -> None:
         """Give the memory back."""
         self.tensors, self._buffers = {}, {}

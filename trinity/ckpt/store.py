@@ -149,10 +149,17 @@ class VerifiedCheckpoint:
     """Name, size, time of change and inode of each file, taken before they were compared."""
 
 
-def find_checkpoint(run_dir: Path) -> tuple[VerifiedCheckpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and why each newer one was rejected."""
+def find_checkpoint(
+    run_dir: Path, not_after: int | None = None
+) -> tuple[VerifiedCheckpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and why each newer one was rejected.
+
+    Newest of all, or of those of step ``not_after`` and before.
+    """
     rejected: list[str] = []
     for path in gather(list_checkpoints(run_dir))[0]:
+        if not_after is not None and _step(path) > not_after:
+            continue
         try:
             return _verify(path), rejected
         except CheckpointError as error:
@@ -248,6 +255,15 @@ def _remove(checkpoint: Path) -> None:
     condemned = checkpoint.with_name(f"{TEMPORARY_PREFIX}{checkpoint.name}")
     os.rename(checkpoint, condemned)
     shutil.rmtree(condemned, ignore_errors=True)
+
+
+def discard_after(run_dir: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, which a run that went back has abandoned."""
+    if rank() == 0:
+        for path in list_checkpoints(run_dir):
+            if _step(path) > step:
+                _remove(path)
+    gather(None)
 
 
 def _step(checkpoint: Path) -> int:

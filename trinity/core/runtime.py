@@ -140,6 +140,29 @@ def _probe(package: str, module: str, purpose: str, extra: str) -> Backend:
     return Backend(package, purpose, extra, True, version)
 
 
+class Moment:
+    """A point in the work of a device, which a GPU may reach later than the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host_s = time.perf_counter()
+        self._event: torch.Event | None = None
+        if device.type != "cpu":
+            self._event = torch.Event(device, enable_timing=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until everything before it is done."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Between two moments of one device that were both reached."""
+        if self._event is None or earlier._event is None:
+            return self._host_s - earlier._host_s
+        earlier._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory so far: of tensors on a GPU; resident, of the whole process, on a CPU."""
     if device.type == "cuda":

@@ -31,12 +31,15 @@ def square_sum(parameters: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+def clip_gradients(
+    parameters: Iterable[Tensor], norm: Tensor, max_norm: float | Tensor
+) -> Tensor:
     """Scale all gradients in place so that ``norm``, their global norm, is at most ``max_norm``.
 
-    Nothing waits for the device.
+    Returns the factor, a scalar. Nothing waits for the device.
     """
     gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if gradients:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+    return factor

@@ -179,13 +179,24 @@ class OptimizerSet:
             for name, optimizer in self.optimizers.items()
         }
 
-    def step(self) -> None:
-        """Move every parameter."""
+    def step(self, accept: Tensor | None = None) -> None:
+        """Move every parameter, unless ``accept``, a boolean scalar, is false.
+
+        Then neither parameters nor optimizer state change, whatever the gradients hold. On a GPU
+        nothing waits to find out.
+        """
+        if accept is not None and accept.is_cpu:
+            if not accept:
+                return
+            accept = None
         for name, part in self._in_adamw.items():
             gradient = self.parameters[name].grad
             part.grad = None if gradient is None else local_tensor(gradient)
         for optimizer in self.optimizers.values():
-            optimizer.step()
+            if isinstance(optimizer, Muon):
+                optimizer.step(accept=accept)
+            else:
+                step_adamw(optimizer, accept)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -238,6 +249,19 @@ class OptimizerSet:
         with torch.no_grad():
             for name, tensor in own.items():
                 local_tensor(tensor).copy_(local_tensor(tensors[name]))
+
+
+def step_adamw(optimizer: torch.optim.Optimizer, accept: Tensor | None) -> None:
+    """One step of a fused AdamW, which obeys a flag on the device that it calls ``found_inf``."""
+    if accept is None:
+        optimizer.step()
+        return
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = (~accept).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def _sharded_like(parameter: Tensor, state: Tensor) -> Tensor:

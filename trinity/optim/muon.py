@@ -74,8 +74,14 @@ class Muon(torch.optim.Optimizer):
                 self._momentum(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient."""
+    def step(
+        self, closure: Callable[[], float] | None = None, *, accept: Tensor | None = None
+    ) -> float | None:
+        """One update of every parameter that has a gradient.
+
+        With ``accept``, a boolean scalar on the device, that is false nothing changes, whatever the
+        gradients hold; nothing waits for its value.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -89,7 +95,7 @@ class Muon(torch.optim.Optimizer):
                 exchange = self._exchange(parameters[0])
                 sizes = [_work_elements(p, exchange) for p in parameters]
                 for part in split_evenly(sizes, MAX_BUCKET_ELEMENTS):
-                    self._step_bucket(parameters[part], group, exchange, turn)
+                    self._step_bucket(parameters[part], group, exchange, turn, accept)
         return loss
 
     def exchanged_bytes(self) -> int:
@@ -105,10 +111,11 @@ class Muon(torch.optim.Optimizer):
         group: dict[str, Any],
         exchange: MatrixExchange | None,
         turn: int,
+        accept: Tensor | None,
     ) -> None:
         local = [local_tensor(parameter) for parameter in parameters]
         rows, columns = local[0].shape[-2:]
-        directions = [self._direction(p, group) for p in parameters]
+        directions = [self._direction(p, group, accept) for p in parameters]
         num_matrices = [tensor.shape[:-2].numel() for tensor in local]
         stack = torch.cat(
             [u.reshape(n, rows, columns) for u, n in zip(directions, num_matrices, strict=True)]
@@ -122,8 +129,10 @@ class Muon(torch.optim.Optimizer):
             update = exchange.give_back(whole, owned, stack)
         lr = float(group["lr"])
         scale = lr_scale(*parameters[0].shape[-2:])
+        if accept is not None:
+            update = update * accept
         for tensor, part in zip(local, update.split(num_matrices), strict=True):
-            tensor.mul_(1 - lr * group["weight_decay"])
+            tensor.mul_(_if_accepted(accept, 1 - lr * group["weight_decay"], 1.0))
             tensor.add_(part.reshape(tensor.shape), alpha=-lr * scale)
 
     def _exchange(self, parameter: Tensor) -> MatrixExchange | None:
@@ -139,11 +148,15 @@ class Muon(torch.optim.Optimizer):
             self._exchanges[key] = MatrixExchange(parameter, axes, group)
         return self._exchanges[key]
 
-    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    def _direction(
+        self, parameter: Tensor, group: dict[str, Any], accept: Tensor | None
+    ) -> Tensor:
         assert parameter.grad is not None
         momentum = local_tensor(self._momentum(parameter))
         gradient = local_tensor(parameter.grad).to(momentum.dtype)
-        momentum.mul_(group["momentum"]).add_(gradient)
+        if accept is not None:
+            gradient = gradient.where(accept, 0.0)  # it may hold NaN
+        momentum.mul_(_if_accepted(accept, group["momentum"], 1.0)).add_(gradient)
         if group["nesterov"]:
             return gradient.add(momentum, alpha=group["momentum"])
         return momentum
@@ -154,6 +167,13 @@ class Muon(torch.optim.Optimizer):
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             state["momentum"] = torch.zeros_like(parameter, dtype=dtype)
         return state["momentum"]
+
+
+def _if_accepted(accept: Tensor | None, value: float, otherwise: float) -> float | Tensor:
+    if accept is None:
+        return value
+    wide = torch.full((), value, dtype=torch.float64, device=accept.device)
+    return wide.where(accept, otherwise)
 
 
 def _orthogonalize(stack: Tensor, group: dict[str, Any]) -> Tensor:

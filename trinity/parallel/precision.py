@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
@@ -12,6 +14,8 @@ from trinity.core.runtime import has_fp8
 from trinity.models.lm import LanguageModel
 
 Fp8Recipe = Literal["off", "tensorwise", "rowwise"]
+FP8_CLASS = "Float8Linear"
+"""What torchao turns a linear into, a subclass of it with the same parameters."""
 FP8_MULTIPLE = 16
 """Both sides of a product must be a multiple of this for the FP8 units of a GPU."""
 
@@ -38,6 +42,20 @@ def use_fp8(model: LanguageModel, recipe: Fp8Recipe) -> None:
     if not has_fp8():
         config = dataclasses.replace(config, emulate=True)
     convert_to_float8_training(model.backbone.layers, config=config, module_filter_fn=_is_suited)
+
+
+def leave_fp8(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Take linears whose name matches a pattern out of FP8 again; returns their names.
+
+    In place, parameters and all: whoever holds the module, FSDP for one, need not know.
+    """
+    left = []
+    for name, module in model.named_modules():
+        is_fp8 = isinstance(module, nn.Linear) and type(module).__name__ == FP8_CLASS
+        if is_fp8 and any(fnmatch.fnmatchcase(name, f"*{pattern}") for pattern in patterns):
+            module.__class__ = nn.Linear
+            left.append(name)
+    return left
 
 
 def _is_suited(module: nn.Module, _name: str) -> bool:

@@ -18,7 +18,7 @@ from trinity.models.lm import LanguageModel, LMLoss
 class StepCounts(NamedTuple):
     """What the losses of one optimizer step are divided by, over all ranks and microbatches."""
 
-    num_valid_tokens: int
+    num_valid_tokens: int | Tensor
     num_rows: int
 
 

@@ -14,7 +14,10 @@ from trinity.nn.moe import MoE
 
 @torch.no_grad()
 def move_biases(
-    moe_rows: Iterable[tuple[int, MoE]], load_LE: Tensor, config: BalanceConfig
+    moe_rows: Iterable[tuple[int, MoE]],
+    load_LE: Tensor,
+    config: BalanceConfig,
+    accept: Tensor | None = None,
 ) -> None:
     """Apply one balancing move to every layer with experts.
 
@@ -24,7 +27,12 @@ def move_biases(
     Args:
         moe_rows: layers of this process with their row in ``load_LE``.
         load_LE: of all layers of the model.
+        accept: boolean scalar; false leaves the biases as they are, as the step's parameters are.
     """
+    if accept is not None and accept.is_cpu:
+        if not accept:
+            return
+        accept = None
     for row, moe in moe_rows:
         router = moe.router
         load_E = load_LE[row].to(router.expert_bias.device).float()
@@ -37,7 +45,12 @@ def move_biases(
                 decay=config.decay,
                 sharpness=config.sharpness,
             )
-            router.expert_bias.copy_(bias_E)
-            router.bias_momentum.copy_(momentum_E)
+            _move(router.expert_bias, bias_E, accept)
+            _move(router.bias_momentum, momentum_E, accept)
         elif config.rule == "sign":
-            router.expert_bias.copy_(sign_rule(router.expert_bias, load_E, step=config.step))
+            bias_E = sign_rule(router.expert_bias, load_E, step=config.step)
+            _move(router.expert_bias, bias_E, accept)
+
+
+def _move(state: Tensor, moved: Tensor, accept: Tensor | None) -> None:
+    state.copy_(moved if accept is None else moved.where(accept, state))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +24,7 @@ class MetricsWriter:
     """Appends one JSON object per line and mirrors numbers to TensorBoard.
 
     Opened at step N, it first drops what a run that died later had written beyond N, a torn last
-    line included, so that the file always reads as one uninterrupted run.
+    line included but events not, so that the file always reads as one uninterrupted run.
     """
 
     def __init__(
@@ -49,7 +50,8 @@ class MetricsWriter:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            row = {"kind": kind, "step": step, "time": time.time(), **values}
+            self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         except OSError as error:
             raise TrainingError(f"{self.path}: cannot write metrics: {error}; free space") from None
@@ -70,13 +72,24 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The recorded lines of a run, all kinds or one; a torn last line is left out."""
-    rows = []
+    """The recorded lines of a run, all kinds or one.
+
+    Left out are a torn last line, and steps that a rewind has abandoned; events never are.
+    """
+    rows: list[dict[str, Any]] = []
     for line in (Path(run_dir) / METRICS_FILE).read_text(encoding="utf-8").splitlines():
         row = _parse(line)
-        if row is not None and kind in (None, row["kind"]):
-            rows.append(row)
-    return rows
+        if row is None:
+            continue
+        if row.get("event") == "rewind":
+            rows = [own for own in rows if _outlasts(own, row["to_step"])]
+        rows.append(row)
+    return [row for row in rows if kind in (None, row["kind"])]
+
+
+def _outlasts(row: dict[str, Any], step: int) -> bool:
+    """Whether a line stays when the run goes back to ``step``: what happened, happened."""
+    return row["kind"] == "event" or row["step"] <= step
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -90,7 +103,7 @@ def _truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= step]
+    kept = [line for line in lines if (row := _parse(line)) is not None and _outlasts(row, step)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from trinity.ckpt.background import BackgroundSaver
 from trinity.ckpt.store import (
+    VerifiedCheckpoint,
     checkpoint_path,
     clean_stale,
     find_checkpoint,
@@ -23,7 +25,7 @@ from trinity.ckpt.store import (
 )
 from trinity.core import job
 from trinity.core.batch import Batch
-from trinity.core.config import Config
+from trinity.core.config import BatchConfig, Config
 from trinity.core.errors import CheckpointError, ConfigError, DataError
 from trinity.core.load_config import dump_config, load_config
 from trinity.core.sharding import local_tensor
@@ -33,6 +35,10 @@ from trinity.optim.groups import OptimizerSet, build_optimizers
 from trinity.optim.schedule import lr_factor, rows_at_step, rows_before_step
 from trinity.parallel.mesh import Meshes, check_layout, layout_for
 from trinity.parallel.model import ParallelModel
+from trinity.parallel.precision import leave_fp8
+from trinity.train.interventions import read_interventions
+from trinity.train.stability import Judge
+from trinity.train.watch import Watch
 
 CONFIG_FILE = "config.toml"
 RECORD_FILE = "run.json"
@@ -53,6 +59,10 @@ class Run:
     optimizers: OptimizerSet
     loader: Loader
     validation: dict[str, list[Batch]]
+    judge: Judge
+    """Judges steps before they are applied."""
+    watch: Watch
+    """Judges the run by its steps."""
     step: int = 0
     num_tokens_seen: int = 0
     saved: Path | None = None
@@ -67,6 +77,7 @@ class Run:
         named |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
         named |= {f"optim.{name}": t for name, t in self.optimizers.state_dict().items()}
         named |= {f"data.{name}": t for name, t in self._loader_tensors().items()}
+        named |= {f"judge.{name}": t for name, t in self.judge.state_dict().items()}
         named["rng.cpu"] = torch.get_rng_state()
         return named
 
@@ -114,24 +125,32 @@ class Run:
         """Checkpoint the current step, unless that is done; see :mod:`trinity.ckpt.store`."""
         if self.saved is not None:
             return self.saved
-        meta = {
-            "step": self.step,
-            "num_tokens_seen": self.num_tokens_seen,
-            "config_sha256": self.config.sha256(),
-            "data_fingerprint": self.dataset.fingerprint,
-        }
         keep = self.config.checkpoint
         save = save_checkpoint if self.saver is None else self.saver.save
         save(
             self.directory,
             self.step,
             self.tensors(),
-            meta,
+            self.meta(),
             keep_last=keep.keep_last,
             keep_every_steps=keep.keep_every_steps,
         )
         self.saved = checkpoint_path(self.directory, self.step)
         return self.saved
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        return {
+            "step": self.step,
+            "num_tokens_seen": self.num_tokens_seen,
+            "config_sha256": self.config.sha256(),
+            "data_fingerprint": self.dataset.fingerprint,
+            "watch": self.watch.state(),
+        }
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Rows of the global stream that step ``step``, counted from 1, trains on."""
+        return rows_of_step(self.loader, self.config.batch, step)
 
     def advance(self, num_tokens: int) -> None:
         """Count a step that was taken."""
@@ -147,6 +166,12 @@ class Run:
         if found is None:
             return
         self.warnings += rejected
+        self.restore_from(found)
+        if job.is_first():
+            self._keep_config()
+
+    def restore_from(self, found: VerifiedCheckpoint) -> None:
+        """Continue from a checkpoint of this run."""
         self.optimizers.init_state()
         tensors = self.tensors()
         meta = load_checkpoint(found, tensors)
@@ -156,7 +181,12 @@ class Run:
                 f"sources now give {self.dataset.fingerprint}; bring the old sources back or start "
                 "anew"
             )
-        # Parameters, buffers and optimizer state were read into their own memory.
+        self.adopt(tensors, meta)
+        self.saved = found.path
+
+    def adopt(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Continue from a state that was just written into this run's own :meth:`tensors`."""
+        # Parameters, buffers, optimizer state and the judge's memory are where they belong.
         self.loader.load_state(
             {
                 name: local_tensor(t).cpu().numpy()
@@ -166,9 +196,8 @@ class Run:
         torch.set_rng_state(tensors["rng.cpu"])
         self.step = int(meta["step"])
         self.num_tokens_seen = int(meta["num_tokens_seen"])
-        self.saved = found.path
-        if job.is_first():
-            self._keep_config()
+        self.watch.load_state(meta["watch"])
+        self.saved = None
 
     def _keep_config(self) -> None:
         """Make the saved configuration the effective one; what held until now is kept beside it."""
@@ -179,7 +208,13 @@ class Run:
         (self.directory / DONE_FILE).unlink(missing_ok=True)
 
 
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def rows_of_step(loader: Loader, batch: BatchConfig, step: int) -> list[int]:
+    """Rows of the global stream that step ``step``, counted from 1, trains on."""
+    num_before = rows_before_step(step - 1, batch.rows_per_step, batch.ramp)
+    return loader.rows_after(num_before, rows_at_step(step - 1, batch.rows_per_step, batch.ramp))
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
@@ -216,7 +251,13 @@ def open_run(config: Config, directory: Path, device: torch.device, *, resume: b
         optimizers=build_optimizers(model.named_parameters(), config.optim, model.group_of_axes),
         loader=_make_loader(config, dataset, rank=model.dp_rank, world_size=layout.dp),
         validation=validation,
+        judge=Judge(config.stability, config.optim, device),
+        watch=Watch(config),
     )
+    for entry in read_interventions(directory):
+        run.loader.skip_rows(entry.first_row, entry.end_row)
+        for stage in model.stages:
+            leave_fp8(stage.model, entry.out_of_fp8)
     if resume:
         run.restore()
     if run.step == 0 and job.is_first():
@@ -305,6 +346,6 @@ def replay_step(directory: Path, step: int) -> list[str]:
             f"sources now give {dataset.fingerprint}; bring the old sources back"
         )
     loader = _make_loader(config, dataset)
-    first = rows_before_step(step, config.batch.rows_per_step, config.batch.ramp)
-    count = rows_at_step(step, config.batch.rows_per_step, config.batch.ramp)
-    return loader.describe_rows(first, count)
+    for entry in read_interventions(directory):
+        loader.skip_rows(entry.first_row, entry.end_row)
+    return loader.describe_rows(rows_of_step(loader, config.batch, step + 1))

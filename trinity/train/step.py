@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,11 +11,14 @@ from torch import Tensor
 from trinity.core.batch import IGNORED_TARGET, Batch
 from trinity.core.config import Config
 from trinity.core.errors import TrainingError
+from trinity.core.runtime import Moment
 from trinity.optim.clip import clip_gradients, square_sum
 from trinity.optim.groups import OptimizerSet
 from trinity.parallel.model import ParallelModel
 from trinity.parallel.stage import StepCounts
 from trinity.train.balancing import move_biases
+from trinity.train.probes import Probes, Reading
+from trinity.train.stability import Judge, Verdict
 
 
 class StepResult(NamedTuple):
@@ -32,12 +34,68 @@ class StepResult(NamedTuple):
     """Global norm before clipping."""
     batch_het: float
     """Largest microbatch loss minus the mean of them (report, eq. 40), nats; over all ranks."""
+    clip_factor: float
+    """What gradients were multiplied by."""
+    loss_score: float
+    """Robust standard deviations of the loss above its recent median."""
+    grad_score: float
+    """The same of the logarithm of the gradient norm."""
+    accepted: bool
+    """Whether the step was applied."""
+    is_calm: bool
+    """Whether it was finite, and no spike."""
+    num_stopping: int
+    """Ranks that were asked to stop; the same number on every rank."""
     num_tokens: int
     """Tokens that went through the model, predicted or not."""
     load_LE: Tensor
     """Tokens per expert of every layer with experts, over the whole step."""
-    num_stopping: int
-    """Ranks that were asked to stop; the same number on every rank."""
+
+
+NUMBERS = (
+    "loss",
+    "z",
+    "balance_loss",
+    "grad_norm",
+    "batch_het",
+    "clip_factor",
+    "loss_score",
+    "grad_score",
+    "accepted",
+    "is_calm",
+    "num_stopping",
+    "num_valid_tokens",
+)
+"""What of a step travels to the host in one tensor."""
+
+
+class PendingStep(NamedTuple):
+    """A step whose work is queued: on a GPU it may not have begun."""
+
+    numbers: Tensor
+    """``NUMBERS`` in their order; fp64, on the host."""
+    load_LE: Tensor
+    num_tokens: int
+    finished: Moment
+    """When the step is done and its numbers are on the host."""
+    reading: Reading | None
+    """Of the instruments, where they were read."""
+
+    def result(self) -> StepResult:
+        """Wait for the numbers. Raises TrainingError if the step had no token to predict."""
+        self.finished.wait()
+        numbers = dict(zip(NUMBERS, self.numbers.tolist(), strict=True))
+        if numbers.pop("num_valid_tokens") == 0:
+            raise TrainingError("a step has no token to predict; documents of one token only?")
+        flags = {name: bool(numbers.pop(name)) for name in ("accepted", "is_calm")}
+        num_stopping = int(numbers.pop("num_stopping"))
+        return StepResult(
+            **numbers,
+            **flags,
+            num_stopping=num_stopping,
+            num_tokens=self.num_tokens,
+            load_LE=self.load_LE,
+        )
 
 
 def train_step(
@@ -46,35 +104,60 @@ def train_step(
     microbatches: Sequence[Batch],
     config: Config,
     *,
+    judge: Judge | None = None,
+    probes: Probes | None = None,
     stopping: bool = False,
-) -> StepResult:
+) -> PendingStep:
     """Accumulate gradients over ``microbatches`` and move parameters and balancing biases once.
 
     Every microbatch's loss sum is divided by the number of valid tokens of the *whole* step, over
     all ranks, known before the first backward, so that the split into microbatches and ranks
     changes nothing. Two sums over all ranks frame the step: token counts before, everything else
-    after. ``stopping`` tells the others that this rank was asked to stop.
+    after. The host waits for nothing: what has to be decided is decided on the device, the same on
+    every rank, and read from the result when it has arrived.
 
-    Raises TrainingError, on every rank and with nothing moved, when loss or gradient norm is not
-    finite.
+    Args:
+        judge: judges the step; None accepts whatever is finite.
+        probes: read the dearer instruments of this step.
+        stopping: tells the others that this rank was asked to stop.
+
+    Nothing moves in a step that is not accepted: neither parameters nor optimizer state nor biases.
     """
     valid_MR = _valid_tokens(model, microbatches)
-    num_valid_tokens = int(valid_MR.sum())
-    if num_valid_tokens == 0:
-        raise TrainingError("a step has no token to predict; documents of one token only?")
     num_rows = sum(batch.tokens_BS.shape[0] for batch in microbatches) * model.layout.dp
-    optimizers.zero_grad()
-    model.pipeline.forward_backward(microbatches, StepCounts(num_valid_tokens, num_rows))
-    sums = _sum_over_ranks(model, valid_MR.shape[0], stopping)
-    grad_norm = sums.grad_square.sqrt()
     row_tokens = microbatches[0].tokens_BS.shape[1] * model.layout.cp
-    result = _result(sums, valid_MR, grad_norm, num_rows, num_rows * row_tokens)
-    _require_finite(result)
-    if config.optim.grad_clip:
-        clip_gradients(model.parameters(), grad_norm, config.optim.grad_clip)
-    optimizers.step()
-    move_biases(model.moe_rows(), result.load_LE, config.balance)
-    return result
+    counts = StepCounts(valid_MR.sum(), num_rows)
+    optimizers.zero_grad()
+    if probes is None:
+        model.pipeline.forward_backward(microbatches, counts)
+    else:
+        with probes.measuring():
+            model.pipeline.forward_backward(microbatches, counts)
+        probes.before_update()
+    sums = _sum_over_ranks(model, valid_MR.shape[0], stopping)
+    numbers = _means(sums, valid_MR, num_rows)
+    judge = judge or Judge(config.stability, config.optim, model.device)
+    # A zero of the other terms: what is not finite in them is not finite in the sum.
+    others = 0.0 * (numbers["z"] + numbers["balance_loss"])
+    verdict = judge.verdict(numbers["loss"] + others, sums.norm)
+    clip_factor = _update(model, optimizers, sums, verdict)
+    if probes is not None:
+        probes.after_update()
+    numbers |= {
+        "clip_factor": clip_factor,
+        "loss_score": verdict.loss_score,
+        "grad_score": verdict.norm_score,
+        "accepted": verdict.accept,
+        "is_calm": verdict.is_calm,
+        "num_stopping": sums.num_stopping,
+        "num_valid_tokens": valid_MR.sum(),
+    }
+    return _sent_to_host(
+        torch.stack([numbers[name].double() for name in NUMBERS]),
+        sums.load_LE,
+        num_rows * row_tokens,
+        probes.reading() if probes is not None else None,
+    )
 
 
 class _Sums(NamedTuple):
@@ -87,15 +170,34 @@ class _Sums(NamedTuple):
     cross_entropy_MR: Tensor
     load_LE: Tensor
 
+    @property
+    def norm(self) -> Tensor:
+        """Of the whole gradient."""
+        return self.grad_square.sqrt()
+
+
+def _update(
+    model: ParallelModel, optimizers: OptimizerSet, sums: _Sums, verdict: Verdict
+) -> Tensor:
+    """Clip, and move everything that a step moves, if it is accepted; returns the clip factor."""
+    config, clip_factor = model.config, torch.ones_like(sums.norm)
+    if config.optim.grad_clip or config.optim.clip_rule != "fixed":
+        clip_factor = clip_gradients(model.parameters(), sums.norm, verdict.max_norm)
+    optimizers.step(verdict.accept)
+    move_biases(model.moe_rows(), sums.load_LE, config.balance, verdict.accept)
+    return clip_factor
+
 
 def _valid_tokens(model: ParallelModel, microbatches: Sequence[Batch]) -> Tensor:
     """Tokens to predict in each microbatch of each data-parallel rank, int64 (M, R)."""
-    valid_MR = torch.zeros(len(microbatches), model.layout.dp, dtype=torch.int64)
+    valid_MR = torch.zeros(
+        len(microbatches), model.layout.dp, dtype=torch.int64, device=model.device
+    )
     at = model.meshes.at if model.meshes is not None else None
     if at is None or (at.tp == 0 and at.pp == 0):  # of ranks that see the same tokens, one counts
         counts = [(batch.targets_BS != IGNORED_TARGET).sum() for batch in microbatches]
-        valid_MR[:, model.dp_rank] = torch.stack(counts).to(valid_MR.device)
-    return model.add_up(valid_MR.to(model.device))
+        valid_MR[:, model.dp_rank] = torch.stack(counts)
+    return model.add_up(valid_MR)
 
 
 def _sum_over_ranks(model: ParallelModel, num_microbatches: int, stopping: bool) -> _Sums:
@@ -133,28 +235,28 @@ def _sum_over_ranks(model: ParallelModel, num_microbatches: int, stopping: bool)
     )
 
 
-def _result(
-    sums: _Sums, valid_MR: Tensor, grad_norm: Tensor, num_rows: int, num_tokens: int
-) -> StepResult:
-    num_valid_tokens = int(valid_MR.sum())
+def _means(sums: _Sums, valid_MR: Tensor, num_rows: int) -> dict[str, Tensor]:
+    """What is a mean over the whole step, and the gradient norm."""
     means = sums.cross_entropy_MR / valid_MR.clamp(min=1)
-    return StepResult(
-        loss=float(sums.cross_entropy_MR.sum()) / num_valid_tokens,
-        z=float(sums.z) / num_valid_tokens,
-        balance_loss=float(sums.balance_loss) / num_rows,
-        grad_norm=float(grad_norm),
-        batch_het=float(means.max() - means.mean()),
-        num_tokens=num_tokens,
-        load_LE=sums.load_LE,
-        num_stopping=int(sums.num_stopping),
-    )
+    num_valid = valid_MR.sum()
+    return {
+        "loss": sums.cross_entropy_MR.sum() / num_valid,
+        "z": sums.z / num_valid,
+        "balance_loss": sums.balance_loss / num_rows,
+        "grad_norm": sums.norm,
+        "batch_het": means.max() - means.mean(),
+    }
 
 
-def _require_finite(result: StepResult) -> None:
-    for name in ("loss", "z", "balance_loss", "grad_norm"):
-        value = getattr(result, name)
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"{name} is {value}; the step was not applied. Resume from the last checkpoint "
-                "with a lower optim.muon.lr / optim.adamw.lr or other data"
-            )
+def _sent_to_host(
+    numbers: Tensor, load_LE: Tensor, num_tokens: int, reading: Reading | None
+) -> PendingStep:
+    device = numbers.device
+    if device.type != "cpu":
+        numbers, load_LE = _copied(numbers), _copied(load_LE)
+    return PendingStep(numbers, load_LE, num_tokens, Moment(device), reading)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """In pinned memory, at some later time."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
