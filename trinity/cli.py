@@ -103,6 +103,28 @@ def plan(
 
 
 @app.command()
+def watch(
+    directory: Annotated[
+        Path, typer.Argument(help="a run, or a directory of runs", metavar="RUNS_DIR")
+    ],
+    host: Annotated[str, typer.Option(help="address to serve /metrics on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 9400,
+    webhook: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TRINITY_WEBHOOK",
+            help="address to POST alarms to; a secret, so better given in the environment",
+        ),
+    ] = None,
+    poll_s: Annotated[float, typer.Option(help="seconds between two looks at the files")] = 5.0,
+) -> None:
+    """Serve the metrics of runs to Prometheus and send their alarms to a webhook, until stopped."""
+    from trinity.monitor.exporter import watch_command
+
+    watch_command(directory, host=host, port=port, webhook=webhook, poll_s=poll_s)
+
+
+@app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="run or Hugging Face directory", metavar="DIR")],
     prompt: Annotated[str, typer.Option(help="text to continue")],

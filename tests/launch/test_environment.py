@@ -11,7 +11,8 @@ from tools.ledger import ROOT
 OWN = re.compile(r"\bTRINITY_[A-Z_]+[A-Z]\b")
 READ_BY_PROGRAM = re.compile(r"environ(?:\.get|\.setdefault)?[\[(]\s*\"([A-Z_]+)\"")
 READ_BY_SCRIPTS = re.compile(r"\$\{?((?:SLURM|TORCH|OMP|GLOO|NCCL)[A-Z_]+)")
-SOURCES = [*sorted((ROOT / "launch").iterdir()), *sorted((ROOT / "trinity").rglob("*.py"))]
+LAUNCH = sorted(path for path in (ROOT / "launch").rglob("*") if path.is_file())
+SOURCES = [*LAUNCH, *sorted((ROOT / "trinity").rglob("*.py"))]
 
 
 def _documented() -> set[str]:
