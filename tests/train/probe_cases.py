@@ -31,8 +31,8 @@ class Trainer(NamedTuple):
 
 
 def make_config(overrides: Iterable[str] = (), dtype: str = "fp64") -> Config:
-    """The model of the ledger: every kind of layer, in fp64."""
-    return ledger_config(Path("unused"), dtype, overrides)
+    """The model of the ledger, every kind of layer in fp64, with four rows a step."""
+    return ledger_config(Path("unused"), dtype, ["batch.rows_per_step=4", *overrides])
 
 
 def make_trainer(config: Config) -> Trainer:

@@ -177,13 +177,13 @@ class _Seen:
 
 
 @pytest.mark.parametrize(
-    "overrides", [["batch.microbatch_rows=4"], HYBRID], ids=["afmoe", "hybrid"]
+    "overrides", [["batch.microbatch_rows=2"], HYBRID], ids=["afmoe", "hybrid"]
 )
 def test_what_hooks_measure_is_what_the_model_computes(
     monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
     # A narrow window: the largest product of all is seldom inside.
-    small = ["batch.rows_per_step=4", "batch.sequence_length=48", "model.sliding_window=4"]
+    small = ["batch.sequence_length=48", "model.sliding_window=4"]
     config = make_config([*overrides, *small])
     trainer = make_trainer(config)
     seen = _Seen(trainer, monkeypatch)
@@ -206,7 +206,7 @@ def test_what_hooks_measure_is_what_the_model_computes(
 
 
 def test_outputs_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(make_config(["batch.microbatch_rows=4"]))
+    trainer = make_trainer(make_config(["batch.microbatch_rows=2"]))
     model = trainer.model.language_model
     assert model is not None
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_outputs_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recompute_changes_no_reading(mode: str, precision: str) -> None:
     readings, counts = [], []
     for each in ("none", mode):
-        overrides = [*HYBRID, f"train.recompute={each}", "batch.microbatch_rows=4"]
+        overrides = [*HYBRID, f"train.recompute={each}", "batch.microbatch_rows=2"]
         trainer = make_trainer(make_config(overrides, precision))
         probes = Probes(trainer.model, trainer.optimizers)
         readings.append(train(trainer, 0, probes))
@@ -272,7 +272,8 @@ def test_selective_recompute_keeps_nothing_of_what_is_measured(
 
 
 def test_measuring_changes_no_bit_and_leaves_nothing_behind() -> None:
-    trainers = [make_trainer(make_config(HYBRID, "bf16")) for _ in range(2)]
+    overrides = [*HYBRID, "batch.rows_per_step=2"]
+    trainers = [make_trainer(make_config(overrides, "bf16")) for _ in range(2)]
     probes = Probes(trainers[1].model, trainers[1].optimizers)
     state = torch.get_rng_state()
     for step in range(3):

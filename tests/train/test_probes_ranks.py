@@ -38,7 +38,6 @@ CASES: dict[str, tuple[dict[str, object], list[str]]] = {
     ),
     "pp2, hybrid": (LAYOUTS["pp2"], HYBRID),
 }
-FEW_ROWS = "batch.rows_per_step=4"
 Readings = list[dict[str, object]]
 
 
@@ -87,8 +86,8 @@ def test_readings_equal_those_of_one_process(
     axes, overrides = CASES[name]
     key = tuple(HYBRID if overrides == HYBRID else [])
     if key not in singles:
-        singles[key] = _readings(make_config([*key, FEW_ROWS]))
-    config = make_config([*axes_as_overrides(axes), *overrides, FEW_ROWS])
+        singles[key] = _readings(make_config(key))
+    config = make_config([*axes_as_overrides(axes), *overrides])
     by_rank = on_ranks(world_size_of(axes), _readings, config)
     assert all(readings == by_rank[0] for readings in by_rank)
     assert singles[key][0]["silent_experts"] == 1
@@ -163,7 +162,7 @@ def test_ranks_that_are_left_alone_are_no_stragglers() -> None:
 
 def _late(num_ms: int) -> list[dict[str, object]]:
     """Rank 1 is late for the second of two steps, which is no fault of its processor."""
-    trainer = make_trainer(make_config(["parallel.dp_shard=2", FEW_ROWS], "fp32"))
+    trainer = make_trainer(make_config(["parallel.dp_shard=2"], "fp32"))
     probes = Probes(trainer.model, trainer.optimizers)
     records = []
     for step in range(2):

@@ -45,8 +45,13 @@ class Alarm(NamedTuple):
 class AlarmWatch:
     """Turns records, fed in order, into alarms: one when a level is crossed, not one per record."""
 
-    def __init__(self, table: Iterable[Instrument] | None = None) -> None:
-        rows = instruments().values() if table is None else table
+    def __init__(
+        self, table: Iterable[Instrument] | None = None, levels: Mapping[str, float] | None = None
+    ) -> None:
+        """``levels`` replace those of the table, by name."""
+        rows = list(instruments().values() if table is None else table)
+        levels = levels or {}
+        rows = [row.model_copy(update={"level": levels.get(row.name, row.level)}) for row in rows]
         self._gauges = {row.name: _Gauge(row) for row in rows if row.alarm != "silence"}
 
     def feed(self, record: Mapping[str, Any]) -> list[Alarm]:

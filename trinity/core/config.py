@@ -2,7 +2,8 @@
 
 A configuration is data. It is read from TOML (:mod:`trinity.core.load_config`), validated here
 once, and never changes afterwards. ``[model]`` has a module of its own
-(:mod:`trinity.core.model_config`).
+(:mod:`trinity.core.model_config`), and so have the tables of what watches over a run
+(:mod:`trinity.core.stability_config`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from pydantic import Field, model_validator
 from trinity.core.model_config import LinearConfig as LinearConfig
 from trinity.core.model_config import Mamba2Config as Mamba2Config
 from trinity.core.model_config import ModelConfig
+from trinity.core.stability_config import LogConfig as LogConfig
+from trinity.core.stability_config import RewindConfig as RewindConfig
+from trinity.core.stability_config import StabilityConfig as StabilityConfig
 from trinity.core.tables import (
     Fraction,
     Momentum,
@@ -203,6 +207,9 @@ class TrainConfig(Table):
     validate_every_steps: NonNegative = Field(default=100, description="0 turns validation off")
     validation_rows: Positive = 16
     profile_steps: NonNegative = Field(default=0, description="steps to trace from step 3 on")
+    hang_s: NonNegativeFloat = Field(
+        default=180.0, description="a step that takes longer ends the process, seconds; 0: never"
+    )
     sample_prompt: str = Field(default="", description="text to continue when the run ends")
 
 
@@ -287,56 +294,6 @@ class CheckpointConfig(Table):
                 f"every_steps={self.every_steps}; only common multiples would ever be saved"
             )
         return self
-
-
-class StabilityConfig(Table):
-    """Which steps are not applied (:mod:`trinity.train.stability`).
-
-    A step whose loss or gradient is not finite never is: it ends the run, or is skipped.
-    """
-
-    skip_spikes: bool = Field(
-        default=False, description="skip steps with a spike of the loss, or without finite numbers"
-    )
-    loss_threshold: PositiveFloat = Field(
-        default=6.0, description="robust standard deviations above the recent median: a spike"
-    )
-    min_steps: Positive = Field(default=64, le=64, description="steps seen before any is judged")
-    max_skipped_in_a_row: Positive = Field(
-        default=20, description="more than these end the run, unless it rewinds"
-    )
-
-
-class RewindConfig(Table):
-    """Going back to an earlier state and around the data that did harm (trinity.train.rewind)."""
-
-    enabled: bool = False
-    snapshot_every_steps: Positive = Field(default=100, description="copies in host memory")
-    num_snapshots: Positive = Field(default=3, description="copies that are kept")
-    spikes: Positive = Field(default=5, description="more of them than this trigger a rewind ...")
-    window_steps: Positive = Field(default=50, description="... among so many steps")
-    margin_steps: NonNegative = Field(
-        default=50, description="go back at least this far before the first of them"
-    )
-    pad_steps: NonNegative = Field(
-        default=20, description="data skipped before the first spike and after the last, in steps"
-    )
-    max_attempts: Positive = Field(
-        default=3, description="rewinds without progress before giving up"
-    )
-    fp8_fallback: tuple[str, ...] = Field(
-        default=(), description='linears that a rewind takes out of FP8, such as "layers.3.*"'
-    )
-
-
-class LogConfig(Table):
-    """What is written while training."""
-
-    every_steps: Positive = 1
-    instruments_every_steps: NonNegative = Field(
-        default=10, description="how often the dearer instruments are read; 0: never"
-    )
-    tensorboard: bool = True
 
 
 class Config(Table):

@@ -6,6 +6,7 @@ one before, so that neither waits for the other.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from trinity.core.errors import TrainingError
 from trinity.core.runtime import Moment, peak_flops, peak_memory_bytes
 from trinity.models.flops import train_flops_per_token
 from trinity.nn.balance import max_violation
+from trinity.train.corruption import Replay
 from trinity.train.metrics import MetricsWriter, Reporter
 from trinity.train.probes import values as probe_values
 from trinity.train.run import HEARTBEAT_FILE, Run
-from trinity.train.step import PendingStep, StepResult
+from trinity.train.step import FINITE, PendingStep, StepResult
 
 NUM_ROWS_TOLD = 8
 """Rows of a bad step that its event lists."""
@@ -49,7 +51,8 @@ class Journal:
         """Whether a rank was asked to stop."""
         self.trouble: Trouble | None = None
         """Set when the run should go back; every rank sets it after the same step."""
-        self._alarms = AlarmWatch()
+        levels = {"loss_score": run.config.stability.loss_threshold} | run.config.log.alarm_levels
+        self._alarms = AlarmWatch(levels=levels)
         self._waiting: list[Launched] = []
         config = run.config
         peak = peak_flops(run.device, config.train.precision)
@@ -116,6 +119,8 @@ class Journal:
         _beat(run, step)
         self._tell(step, values)
         self.is_stopping = self.is_stopping or result.num_stopping > 0
+        if launched.pending.replay is not None:
+            self._replayed(step, launched.pending.replay)
         if not result.accepted:
             self._skipped(step, result)
         if config.rewind.enabled:
@@ -139,6 +144,7 @@ class Journal:
             "max_vio_mean": float(max_vio_L.mean()) if len(max_vio_L) else 0.0,
             "clip_factor": result.clip_factor,
             "accepted": result.accepted,
+            "overflow": float(not result.is_finite),
             **launched.known,
             "tokens_per_s": tokens_per_s,
             "step_s": step_s,
@@ -162,6 +168,15 @@ class Journal:
             text = event.pop("text")
             del event["event"]
             self.event("alarm", step, text, **event)
+
+    def _replayed(self, step: int, replay: Replay) -> None:
+        for line in replay.lines:
+            self.event("replay_mismatch", step, line, verdict=replay.verdict)
+        if replay.verdict == "persistent":
+            raise TrainingError(
+                f"step {step} gives other results each time: {replay.lines[0]}. It was not "
+                "applied; resume on other machines"
+            )
 
     def _skipped(self, step: int, result: StepResult) -> None:
         config = self.run.config.stability
@@ -189,11 +204,12 @@ class Journal:
 def _beat(run: Run, step: int) -> None:
     """Tell watchdogs that a step was made: the file's age and content change."""
     if job.is_first():
-        (run.directory / HEARTBEAT_FILE).write_text(f"{step}\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk; the file's age has changed all the same
+            (run.directory / HEARTBEAT_FILE).write_text(f"{step}\n", encoding="utf-8")
 
 
 def _refuse(result: StepResult) -> None:
-    for name in ("loss", "z", "balance_loss", "grad_norm"):
+    for name in FINITE:
         value = getattr(result, name)
         if not math.isfinite(value):
             raise TrainingError(

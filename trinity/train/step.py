@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from trinity.optim.groups import OptimizerSet
 from trinity.parallel.model import ParallelModel
 from trinity.parallel.stage import StepCounts
 from trinity.train.balancing import move_biases
+from trinity.train.corruption import Replay, replay_mismatches
 from trinity.train.probes import Probes, Reading
 from trinity.train.stability import Judge, Verdict
 
@@ -51,7 +54,14 @@ class StepResult(NamedTuple):
     load_LE: Tensor
     """Tokens per expert of every layer with experts, over the whole step."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all numbers are that must be."""
+        return all(math.isfinite(getattr(self, name)) for name in FINITE)
 
+
+FINITE = ("loss", "z", "balance_loss", "grad_norm")
+"""Of the numbers of a step, those that must be finite for it to be applied."""
 NUMBERS = (
     "loss",
     "z",
@@ -80,6 +90,8 @@ class PendingStep(NamedTuple):
     """When the step is done and its numbers are on the host."""
     reading: Reading | None
     """Of the instruments, where they were read."""
+    replay: Replay | None
+    """What doing the step again has shown, where that was done."""
 
     def result(self) -> StepResult:
         """Wait for the numbers. Raises TrainingError if the step had no token to predict."""
@@ -106,6 +118,7 @@ def train_step(
     *,
     judge: Judge | None = None,
     probes: Probes | None = None,
+    replaying: bool = False,
     stopping: bool = False,
 ) -> PendingStep:
     """Accumulate gradients over ``microbatches`` and move parameters and balancing biases once.
@@ -119,32 +132,30 @@ def train_step(
     Args:
         judge: judges the step; None accepts whatever is finite.
         probes: read the dearer instruments of this step.
+        replaying: pass forward and backward again, to see whether the same comes out.
         stopping: tells the others that this rank was asked to stop.
 
     Nothing moves in a step that is not accepted: neither parameters nor optimizer state nor biases.
     """
-    valid_MR = _valid_tokens(model, microbatches)
+    with probes.arriving() if probes is not None else contextlib.nullcontext():
+        valid_MR = _valid_tokens(model, microbatches)
     num_rows = sum(batch.tokens_BS.shape[0] for batch in microbatches) * model.layout.dp
     row_tokens = microbatches[0].tokens_BS.shape[1] * model.layout.cp
     counts = StepCounts(valid_MR.sum(), num_rows)
     optimizers.zero_grad()
-    if probes is None:
+    with probes.measuring() if probes is not None else contextlib.nullcontext():
         model.pipeline.forward_backward(microbatches, counts)
-    else:
-        with probes.measuring():
-            model.pipeline.forward_backward(microbatches, counts)
+    replay = replay_mismatches(model, microbatches, counts) if replaying else None
+    if probes is not None:
         probes.before_update()
     sums = _sum_over_ranks(model, valid_MR.shape[0], stopping)
     numbers = _means(sums, valid_MR, num_rows)
     judge = judge or Judge(config.stability, config.optim, model.device)
-    # A zero of the other terms: what is not finite in them is not finite in the sum.
-    others = 0.0 * (numbers["z"] + numbers["balance_loss"])
-    verdict = judge.verdict(numbers["loss"] + others, sums.norm)
-    clip_factor = _update(model, optimizers, sums, verdict)
+    verdict = _judged(numbers, judge, replay)
+    numbers["clip_factor"] = _update(model, optimizers, sums, verdict)
     if probes is not None:
         probes.after_update()
     numbers |= {
-        "clip_factor": clip_factor,
         "loss_score": verdict.loss_score,
         "grad_score": verdict.norm_score,
         "accepted": verdict.accept,
@@ -152,12 +163,8 @@ def train_step(
         "num_stopping": sums.num_stopping,
         "num_valid_tokens": valid_MR.sum(),
     }
-    return _sent_to_host(
-        torch.stack([numbers[name].double() for name in NUMBERS]),
-        sums.load_LE,
-        num_rows * row_tokens,
-        probes.reading() if probes is not None else None,
-    )
+    reading = probes.reading() if probes is not None else None
+    return _sent_to_host(numbers, sums.load_LE, num_rows * row_tokens, reading, replay)
 
 
 class _Sums(NamedTuple):
@@ -174,6 +181,15 @@ class _Sums(NamedTuple):
     def norm(self) -> Tensor:
         """Of the whole gradient."""
         return self.grad_square.sqrt()
+
+
+def _judged(numbers: dict[str, Tensor], judge: Judge, replay: Replay | None) -> Verdict:
+    # A zero of the other terms: what is not finite in them is not finite in the sum.
+    others = 0.0 * (numbers["z"] + numbers["balance_loss"])
+    verdict = judge.verdict(numbers["loss"] + others, numbers["grad_norm"])
+    if replay is not None and replay.spoils_step:
+        return verdict._replace(accept=torch.zeros_like(verdict.accept))
+    return verdict
 
 
 def _update(
@@ -249,12 +265,17 @@ def _means(sums: _Sums, valid_MR: Tensor, num_rows: int) -> dict[str, Tensor]:
 
 
 def _sent_to_host(
-    numbers: Tensor, load_LE: Tensor, num_tokens: int, reading: Reading | None
+    numbers: dict[str, Tensor],
+    load_LE: Tensor,
+    num_tokens: int,
+    reading: Reading | None,
+    replay: Replay | None,
 ) -> PendingStep:
-    device = numbers.device
+    flat = torch.stack([numbers[name].double() for name in NUMBERS])
+    device = flat.device
     if device.type != "cpu":
-        numbers, load_LE = _copied(numbers), _copied(load_LE)
-    return PendingStep(numbers, load_LE, num_tokens, Moment(device), reading)
+        flat, load_LE = _copied(flat), _copied(load_LE)
+    return PendingStep(flat, load_LE, num_tokens, Moment(device), reading, replay)
 
 
 def _copied(x: Tensor) -> Tensor:
