@@ -103,6 +103,19 @@ def plan(
 
 
 @app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+) -> None:
+    """Look for silent corruption: do the step after the newest checkpoint again, and compare.
+
+    Start it like the training, on all ranks. Exit status: 0 the same each time, 5 not.
+    """
+    from trinity.train.command import replay_command
+
+    raise typer.Exit(replay_command(run_dir))
+
+
+@app.command()
 def watch(
     directory: Annotated[
         Path, typer.Argument(help="a run, or a directory of runs", metavar="RUNS_DIR")
@@ -202,12 +215,25 @@ def data_build(config: ConfigPath, overrides: Overrides = None) -> None:
 @data_app.command("show-step")
 def data_show_step(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
-    step: Annotated[int, typer.Argument(min=0, help="optimizer step, the first is 0")],
+    step: Annotated[int, typer.Argument(min=1, help="as in the record: the first is 1")],
 ) -> None:
     """List the documents that a step of a run trains on."""
     from trinity.train.command import show_step
 
     show_step(run_dir, step)
+
+
+@data_app.command("skip")
+def data_skip(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    first_step: Annotated[int, typer.Argument(min=1, help="the first step whose rows are bad")],
+    last_step: Annotated[int, typer.Argument(min=1, help="the last of them")],
+    reason: Annotated[str, typer.Option(help="kept with the run")] = "skipped by hand",
+) -> None:
+    """Never train on the rows of these steps again, from whatever checkpoint the run resumes."""
+    from trinity.train.command import skip_rows_command
+
+    skip_rows_command(run_dir, first_step, last_step, reason)
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trinity.core.load_config import load_config
 from trinity.train.command import pretrain_command
+from trinity.train.inspect import documents_of_step
 from trinity.train.metrics import MetricsWriter, read_metrics
-from trinity.train.run import replay_step
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_validation_falls_on_real_text(run_dir: Path) -> None:
 
 
 def test_replayed_steps_are_what_was_trained_on(run_dir: Path) -> None:
-    lines = replay_step(run_dir, 3)
+    lines = documents_of_step(run_dir, 4)
     assert {line.split(":")[0] for line in lines} == {f"row {i}" for i in range(12, 16)}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
@@ -78,6 +78,7 @@ class BackgroundSaver:
         *,
         keep_last: int,
         keep_every_steps: int = 0,
+        before_publish: Callable[[], None] | None = None,
     ) -> None:
         """Copy ``tensors`` and ``meta`` as they are now and start writing the copies.
 
@@ -105,6 +106,7 @@ class BackgroundSaver:
                 keep_last=keep_last,
                 keep_every_steps=keep_every_steps,
                 group=self._group,
+                before_publish=before_publish,
             )
             written_s = time.perf_counter() - start_s
             times = SaveTimes(waited_s, staging_s, written_s, num_bytes)

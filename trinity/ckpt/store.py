@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def save_checkpoint(
     keep_last: int,
     keep_every_steps: int = 0,
     group: dist.ProcessGroup | None = None,
+    before_publish: Callable[[], None] | None = None,
 ) -> Path:
     """Write the checkpoint of ``step``, then delete the older ones that need not be kept.
 
@@ -73,6 +74,8 @@ def save_checkpoint(
         meta: JSON; rank 0's is written.
         keep_last, keep_every_steps: see :func:`trinity.ckpt.retention.expired_steps`.
         group: all ranks of the job, in the order of the default group, which None stands for.
+        before_publish: called on rank 0 when all is written, under its temporary name; a
+            CheckpointError that it raises gives the save up.
 
     Raises CheckpointError when it cannot be written, for instance on a full disk; the temporary
     directory is gone then, and earlier checkpoints and ``latest`` are as they were.
@@ -98,6 +101,8 @@ def save_checkpoint(
         if own_rank == 0:
             write_synced(temporary / STATE_FILE, state)
             write_manifest(temporary, {name: e for files in written for name, e in files.items()})
+            if before_publish is not None:
+                before_publish()
             _publish(temporary, final)
             _remove_expired(run_dir, step, keep_last, keep_every_steps)
 

@@ -38,6 +38,8 @@ def joined(device: str, *, timeout_s: int) -> Iterator[torch.device]:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but {missing[0]} is not; start the job "
             "with torchrun or launch/slurm.sbatch"
         )
+    # Read when the first collective is called; without it nobody can tell which rank hangs.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     own = choose_device(device)
     if own.type == "cuda":
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -82,14 +82,18 @@ class StopSignal:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignal]:
-        """Handle SIGTERM and SIGUSR1 inside the ``with`` block, then restore what was there."""
+        """Handle SIGTERM and SIGUSR1 inside the ``with`` block, then restore what was there.
+
+        After one arrived they are ignored from then on: the process is about to end by itself, and
+        a repeated request must not change its exit status.
+        """
         watched = (signal.SIGTERM, signal.SIGUSR1)
         previous = {number: signal.signal(number, self._remember) for number in watched}
         try:
             yield self
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self else handler)
 
     def _remember(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number)

@@ -60,7 +60,7 @@ class DocumentSet:
         """Tokens start .. start + length of a document; fewer where it ends earlier."""
         number = self._numbers[document]
         first = self.shard.starts[number] + start
-        return self.shard.tokens[first : first + min(length, self.shard.lengths[number] - start)]
+        return self.shard.read(int(first), min(length, int(self.shard.lengths[number]) - start))
 
 
 @dataclass(frozen=True)

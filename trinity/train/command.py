@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,14 @@ from rich.console import Console
 
 from trinity.core import job
 from trinity.core.config import Config
-from trinity.core.errors import ConfigError
+from trinity.core.errors import ConfigError, TrainingError
 from trinity.core.load_config import load_config
 from trinity.core.runtime import SAVED_AND_STOPPED_EXIT_CODE
 from trinity.data.build import build_dataset
+from trinity.train.corruption import replica_mismatches
+from trinity.train.inspect import documents_of_step, loader_of, replay_next_step
+from trinity.train.interventions import INTERVENTIONS_FILE, Intervention, add_intervention
+from trinity.train.lock import held
 from trinity.train.loop import pretrain
 from trinity.train.metrics import read_metrics
 from trinity.train.run import (
@@ -21,8 +26,9 @@ from trinity.train.run import (
     Run,
     create_run_directory,
     default_run_directory,
+    open_run,
     read_run_config,
-    replay_step,
+    rows_of_step,
 )
 from trinity.train.sample import sample_text
 
@@ -66,15 +72,25 @@ def pretrain_command(
     with job.joined(config.train.device, timeout_s=config.parallel.timeout_s) as device:
         if resume is None:
             directory = job.from_first(directory or default_run_directory(config))
-            if job.is_first():
-                create_run_directory(directory, config)
         assert directory is not None
-        run = pretrain(config, directory, device, resume=resume is not None)
+        with held(directory) as lock:
+            if resume is None and job.is_first():
+                create_run_directory(directory, config)
+            run = pretrain(config, directory, device, resume=resume is not None, lock=lock)
         if run.step < config.train.num_steps:
             return int(os.environ.get(STOPPED_STATUS_VARIABLE, SAVED_AND_STOPPED_EXIT_CODE))
         if job.is_first():
-            summarize(run)
+            _tell(run)
     return 0
+
+
+def _tell(run: Run) -> None:
+    """Summarize a run whose work is done, whether or not anything can be printed."""
+    try:
+        summarize(run)
+        sys.stdout.flush()
+    except OSError:  # what Python still holds would fail again, and change the exit status
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def summarize(run: Run) -> None:
@@ -97,6 +113,46 @@ def summarize(run: Run) -> None:
     console.print(f"run: {run.directory}", markup=False)
 
 
+def replay_command(directory: Path) -> int:
+    """Run ``trinity replay``: the step after the newest checkpoint, again and again; exit status.
+
+    Every rank of a job may call it, laid out as the run is. Nothing is trained or written.
+    """
+    config = read_run_config(directory, [])
+    joined = job.joined(config.train.device, timeout_s=config.parallel.timeout_s)
+    with joined as device, held(directory):
+        run = open_run(config, directory, device, resume=True)
+        found = replay_next_step(run)
+        found_copies = replica_mismatches(run.model)
+    if job.is_first():
+        console = Console(highlight=False, soft_wrap=True)
+        for line in (*found.lines, *found_copies):
+            console.print(line, markup=False)
+        if not found.lines and not found_copies:
+            console.print(f"step {run.step + 1}: the same each time; all copies agree")
+    return TrainingError.exit_code if found.lines or found_copies else 0
+
+
+def skip_rows_command(directory: Path, first_step: int, last_step: int, reason: str) -> None:
+    """Run ``trinity data skip``: keep a run from ever training on the rows of some steps again."""
+    if last_step < first_step:
+        raise ConfigError(f"steps {first_step}..{last_step}: the last comes before the first")
+    with held(directory):
+        config, loader = loader_of(directory)
+        first_row = rows_of_step(loader, config.batch, first_step)[0]
+        last_row = rows_of_step(loader, config.batch, last_step)[-1]
+        loader.skip_rows(first_row, last_row + 1)
+        entry = Intervention(
+            reason=reason, first_row=first_row, end_row=last_row + 1, from_step=last_step
+        )
+        add_intervention(directory, entry)
+    Console(highlight=False, soft_wrap=True).print(
+        f"rows {first_row}..{last_row} are never trained on from now on, as "
+        f"{directory / INTERVENTIONS_FILE} says; resume from a checkpoint before step {first_step}",
+        markup=False,
+    )
+
+
 def describe_data(config: Config) -> None:
     """Build or find the token shards of a configuration and print what they hold."""
     dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
@@ -109,5 +165,5 @@ def describe_data(config: Config) -> None:
 def show_step(run_dir: Path, step: int) -> None:
     """Print the documents and token ranges of every row that ``step`` trains on."""
     console = Console(highlight=False, soft_wrap=True)
-    for line in replay_step(run_dir, step):
+    for line in documents_of_step(run_dir, step):
         console.print(line, markup=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trinity.core.errors import TrainingError
+from trinity.train.sink import LineSink
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_WIDTH = 120
@@ -33,11 +35,11 @@ class MetricsWriter:
         """``quiet`` writes nothing: of the processes of a job, only the first keeps the record."""
         self.path = run_dir / METRICS_FILE
         self._tensorboard = None
-        self._file = None
+        self._sink: LineSink | None = None
         if quiet:
             return
         _truncate_after(self.path, start_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._sink = LineSink(self.path)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -47,28 +49,33 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record ``values`` under ``kind`` ("train", "validation", "event") at ``step``."""
-        if self._file is None:
+        if self._sink is None:
             return
+        row = {"kind": kind, "step": step, "time": time.time(), **values}
+        self._sink.write(json.dumps(row))
         try:
-            row = {"kind": kind, "step": step, "time": time.time(), **values}
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._mirror(kind, step, values)
         except OSError as error:
-            raise TrainingError(f"{self.path}: cannot write metrics: {error}; free space") from None
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            warnings.warn(f"no more TensorBoard in this attempt: {error}", stacklevel=2)
+            self._tensorboard = None
+
+    def _mirror(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._tensorboard is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Flush and close both sinks."""
-        if self._file is not None:
-            self._file.close()
+        if self._sink is not None:
+            self._sink.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
 
 
 def read_metrics(run_dir: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -100,7 +107,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _truncate_after(path: Path, step: int) -> None:
-    if not path.exists():
+    if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if (row := _parse(line)) is not None and _outlasts(row, step)]
@@ -146,12 +153,17 @@ class Reporter:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, status=status)
         elif step % self._plain_every == 0 or step in (1, self._num_steps):
-            self.console.print(f"step {step:>6}/{self._num_steps}  {status}", markup=False)
+            self.say(f"step {step:>6}/{self._num_steps}  {status}")
 
     def show(self, table: Table) -> None:
         """Print a table, as wide as it needs to be."""
-        self.console.print(table, soft_wrap=False)
+        with contextlib.suppress(OSError):
+            self.console.print(table, soft_wrap=False)
 
     def say(self, text: str) -> None:
-        """Print a line of its own, above the bar where there is one."""
-        self.console.print(text, markup=False)
+        """Print a line of its own, above the bar where there is one.
+
+        A log on a full disk must not end the training; Python keeps the text and tries again.
+        """
+        with contextlib.suppress(OSError):
+            self.console.print(text, markup=False)

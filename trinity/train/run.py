@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +69,8 @@ class Run:
     """Checkpoint of the current step, once there is one; a saver may still be writing it."""
     saver: BackgroundSaver | None = None
     """Writes checkpoints while training goes on; None writes them at once."""
+    before_publish: Callable[[], None] | None = None
+    """Called on the first rank before a checkpoint gets its name; may refuse it."""
     warnings: list[str] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -134,6 +136,7 @@ class Run:
             self.meta(),
             keep_last=keep.keep_last,
             keep_every_steps=keep.keep_every_steps,
+            before_publish=self.before_publish,
         )
         self.saved = checkpoint_path(self.directory, self.step)
         return self.saved
@@ -167,8 +170,6 @@ class Run:
             return
         self.warnings += rejected
         self.restore_from(found)
-        if job.is_first():
-            self._keep_config()
 
     def restore_from(self, found: VerifiedCheckpoint) -> None:
         """Continue from a checkpoint of this run."""
@@ -199,8 +200,11 @@ class Run:
         self.watch.load_state(meta["watch"])
         self.saved = None
 
-    def _keep_config(self) -> None:
-        """Make the saved configuration the effective one; what held until now is kept beside it."""
+    def keep_config(self) -> None:
+        """Make the saved configuration the effective one; what held until now is kept beside it.
+
+        The run is no longer done. For the first process.
+        """
         path, text = self.directory / CONFIG_FILE, dump_config(self.config)
         if path.read_text(encoding="utf-8") != text:
             path.rename(self.directory / f"config.until-step-{self.step}.toml")
@@ -249,7 +253,7 @@ def open_run(config: Config, directory: Path, device: torch.device, *, resume: b
         dataset=dataset,
         model=model,
         optimizers=build_optimizers(model.named_parameters(), config.optim, model.group_of_axes),
-        loader=_make_loader(config, dataset, rank=model.dp_rank, world_size=layout.dp),
+        loader=make_loader(config, dataset, rank=model.dp_rank, world_size=layout.dp),
         validation=validation,
         judge=Judge(config.stability, config.optim, device),
         watch=Watch(config),
@@ -276,7 +280,8 @@ def _shared_dataset(config: Config) -> Dataset:
     return dataset
 
 
-def _make_loader(config: Config, dataset: Dataset, *, rank: int = 0, world_size: int = 1) -> Loader:
+def make_loader(config: Config, dataset: Dataset, *, rank: int = 0, world_size: int = 1) -> Loader:
+    """The training stream of a configuration, seen from one rank."""
     return Loader(
         dataset,
         config.data,
@@ -329,23 +334,3 @@ def _write_record(run: Run) -> None:
         "num_threads": torch.get_num_threads(),
     }
     (run.directory / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def replay_step(directory: Path, step: int) -> list[str]:
-    """The documents in each row of optimizer step ``step`` (counted from 0), as lines of text.
-
-    The data order is a pure function of fingerprint, seed and row, so nothing needs to have been
-    recorded. Raises ConfigError when the sources are no longer those of the run.
-    """
-    config = read_run_config(directory, [])
-    record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
-    dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
-    if dataset.fingerprint != record["data_fingerprint"]:
-        raise ConfigError(
-            f"{directory} was trained on data with fingerprint {record['data_fingerprint']}, the "
-            f"sources now give {dataset.fingerprint}; bring the old sources back"
-        )
-    loader = _make_loader(config, dataset)
-    for entry in read_interventions(directory):
-        loader.skip_rows(entry.first_row, entry.end_row)
-    return loader.describe_rows(rows_of_step(loader, config.batch, step + 1))

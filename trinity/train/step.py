@@ -74,7 +74,7 @@ NUMBERS = (
     "accepted",
     "is_calm",
     "num_stopping",
-    "num_valid_tokens",
+    "numvalid_tokens",
 )
 """What of a step travels to the host in one tensor."""
 
@@ -97,7 +97,7 @@ class PendingStep(NamedTuple):
         """Wait for the numbers. Raises TrainingError if the step had no token to predict."""
         self.finished.wait()
         numbers = dict(zip(NUMBERS, self.numbers.tolist(), strict=True))
-        if numbers.pop("num_valid_tokens") == 0:
+        if numbers.pop("numvalid_tokens") == 0:
             raise TrainingError("a step has no token to predict; documents of one token only?")
         flags = {name: bool(numbers.pop(name)) for name in ("accepted", "is_calm")}
         num_stopping = int(numbers.pop("num_stopping"))
@@ -138,7 +138,7 @@ def train_step(
     Nothing moves in a step that is not accepted: neither parameters nor optimizer state nor biases.
     """
     with probes.arriving() if probes is not None else contextlib.nullcontext():
-        valid_MR = _valid_tokens(model, microbatches)
+        valid_MR = valid_tokens(model, microbatches)
     num_rows = sum(batch.tokens_BS.shape[0] for batch in microbatches) * model.layout.dp
     row_tokens = microbatches[0].tokens_BS.shape[1] * model.layout.cp
     counts = StepCounts(valid_MR.sum(), num_rows)
@@ -161,7 +161,7 @@ def train_step(
         "accepted": verdict.accept,
         "is_calm": verdict.is_calm,
         "num_stopping": sums.num_stopping,
-        "num_valid_tokens": valid_MR.sum(),
+        "numvalid_tokens": valid_MR.sum(),
     }
     reading = probes.reading() if probes is not None else None
     return _sent_to_host(numbers, sums.load_LE, num_rows * row_tokens, reading, replay)
@@ -204,7 +204,7 @@ def _update(
     return clip_factor
 
 
-def _valid_tokens(model: ParallelModel, microbatches: Sequence[Batch]) -> Tensor:
+def valid_tokens(model: ParallelModel, microbatches: Sequence[Batch]) -> Tensor:
     """Tokens to predict in each microbatch of each data-parallel rank, int64 (M, R)."""
     valid_MR = torch.zeros(
         len(microbatches), model.layout.dp, dtype=torch.int64, device=model.device
