@@ -14,6 +14,11 @@ test: $(VENV)/.ready-dev $(REFERENCES)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile \
 	  -m "not gpu and not slow"
 
+# The fault matrix of docs/faults.md: kills, hangs, full disks, damaged files; a quarter of an hour.
+test-faults: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile \
+	  -m "not gpu and not slurm" $$($(BIN)/python -m tests.faults.matrix --list)
+
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
@@ -32,4 +37,4 @@ $(REFERENCES)/.ready: tests/parity/references.txt | $(VENV)/.ready-dev
 	$(BIN)/python -m pip install -q --no-deps --target $(REFERENCES) $(PIP_ARGS) -r $<
 	touch $@
 
-.PHONY: train test check
+.PHONY: train test test-faults check

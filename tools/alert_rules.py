@@ -36,8 +36,8 @@ HEAD = """\
 EVENT_ALERTS = {
     "rewind": (
         "training went back to a checkpoint",
-        "Look at the rows that were skipped (`trinity data show-step`). A second rewind at the "
-        "same place means that they were not the cause.",
+        "Look at the rows that were skipped (the runbook says how). A second rewind at the same "
+        "place means that they were not the cause.",
     ),
     "gave_up": (
         "the trainer gave up",
@@ -62,8 +62,8 @@ EVENT_ALERTS = {
     ),
     "replica_mismatch": (
         "replicas of the model differ",
-        "Stop the run and resume from the last checkpoint before the event, without the node that "
-        "it names.",
+        "The run has ended. Resume from the last checkpoint before the event, without the node "
+        "that it names.",
     ),
 }
 """Events that raise an alert beside the alarms: what happened, what to do first."""

@@ -230,7 +230,10 @@ def data_skip(
     last_step: Annotated[int, typer.Argument(min=1, help="the last of them")],
     reason: Annotated[str, typer.Option(help="kept with the run")] = "skipped by hand",
 ) -> None:
-    """Never train on the rows of these steps again, from whatever checkpoint the run resumes."""
+    """Never train on the rows of these steps again, from whatever checkpoint the run resumes.
+
+    Steps are counted on the path so far: of several windows, skip the latest first.
+    """
     from trinity.train.command import skip_rows_command
 
     skip_rows_command(run_dir, first_step, last_step, reason)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ SMALLER = {
 }
 
 
+SERVERS = ("monitor", "watch")
+"""Verbs that serve until they are interrupted."""
 SLOW = ("python tools/bench/train_step.py", "trinity plan configs/large.toml")
 """Commands that take a minute even so."""
 
@@ -62,6 +66,21 @@ def _run(arguments: list[str], cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+def _serves(arguments: list[str]) -> None:
+    """A command that goes on until it is interrupted says where it listens, and answers there."""
+    command = [sys.executable, "-u", "-m", "trinity", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        urls = (re.search(r"http://127\.0\.0\.1:\d+\S*", line) for line in process.stdout)
+        url = next(found[0] for found in urls if found)
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            assert answer.status == 200
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+
+
 def _trained(run_dir: Path, tiny_toml: Path) -> Path:
     if not run_dir.exists():
         command = ["-m", "trinity", "pretrain", str(tiny_toml), "--run-dir", str(run_dir)]
@@ -85,13 +104,17 @@ def test_command(command: str, run_dir: Path, tiny_toml: Path, tmp_path: Path) -
     for word in words[1:]:
         if word.startswith("runs/tiny-DATE"):
             replaced.append(str(_trained(run_dir, tiny_toml)))
+        elif word == "runs":
+            replaced.append(str(_trained(run_dir, tiny_toml).parent))
         elif word == "configs/tiny.toml" and words[1] != "params":
             replaced.append(str(tiny_toml))
         elif word.startswith("exported"):
             replaced.append(str(tmp_path / word))
         else:
             replaced.append(word)
-    if words[0] == "python":
+    if words[1] in SERVERS:
+        _serves([*replaced, "--port", "0"])
+    elif words[0] == "python":
         _run([sys.executable, *replaced, *SMALLER.get(words[1], [])], ROOT)
     elif words[0] == "launch/local.sh":
         environment = {"TRINITY_RUN_DIR": str(tmp_path / "run"), "TRINITY_PYTHON": sys.executable}

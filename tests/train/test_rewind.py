@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from tests.train.poison import train
 from tools.ranks import on_ranks
 from trinity.ckpt.store import latest_checkpoint, load_tensors, stored_names
 from trinity.core.errors import TrainingError
+from trinity.train import step as step_module
 from trinity.train.interventions import read_interventions
 from trinity.train.metrics import read_metrics
 
@@ -140,3 +144,18 @@ def test_too_many_skips_in_a_row_end_the_run(tiny_toml: Path, tmp_path: Path) ->
     overrides = [*STEPS, SKIP, "stability.max_skipped_in_a_row=4"]
     with pytest.raises(TrainingError, match="5 steps in a row were skipped"):
         train(tiny_toml, tmp_path / "run", overrides, POISON)
+
+
+def test_steps_that_are_not_finite_count_as_spikes(tiny_toml: Path, tmp_path: Path) -> None:
+    plain, calls = step_module.square_sum, [0]
+
+    def overflowing(*arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        return plain(*arguments) * (math.inf if calls[0] in range(41, 46) else 1.0)
+
+    with mock.patch.object(step_module, "square_sum", overflowing):
+        run = train(tiny_toml, tmp_path / "run", [*STEPS, *REWIND])
+    assert run.step == 70
+    (event,) = _events(tmp_path / "run", "rewind")
+    assert event["reason"] == "4 spikes among 20 steps"
+    assert len(_events(tmp_path / "run", "skip")) == 4

@@ -13,7 +13,8 @@ from trinity.core.tables import NonNegative, Positive, PositiveFloat, Table
 class StabilityConfig(Table):
     """Which steps are not applied (:mod:`trinity.train.stability`).
 
-    A step whose loss or gradient is not finite never is: it ends the run, or is skipped.
+    A step whose loss or gradient is not finite never is: it ends the run, unless steps are skipped
+    or the run rewinds.
     """
 
     skip_spikes: bool = Field(

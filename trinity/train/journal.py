@@ -179,8 +179,8 @@ class Journal:
             )
 
     def _skipped(self, step: int, result: StepResult) -> None:
-        config = self.run.config.stability
-        if not config.skip_spikes:
+        config, rewinds = self.run.config.stability, self.run.config.rewind.enabled
+        if not config.skip_spikes and not rewinds:
             _refuse(result)
         rows = self.run.rows_of_step(step)
         why = "not finite" if math.isnan(result.loss_score) else f"score {result.loss_score:.1f}"
@@ -193,7 +193,7 @@ class Journal:
             end_row=rows[-1] + 1,
         )
         in_a_row = self.run.watch.num_skipped_in_a_row(step)
-        if in_a_row > config.max_skipped_in_a_row and not self.run.config.rewind.enabled:
+        if in_a_row > config.max_skipped_in_a_row and not rewinds:
             raise TrainingError(
                 f"{in_a_row} steps in a row were skipped, the last with loss {result.loss:.4f}: "
                 "the run no longer learns. Resume from an earlier checkpoint with a lower learning "

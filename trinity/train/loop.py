@@ -76,7 +76,7 @@ def pretrain(
         _train(run, journal, saving, watchdog, stop, trace.step)
     job.barrier()
     if run.step == last_step and job.is_first():
-        (directory / DONE_FILE).write_text(f"{run.step}\n", encoding="utf-8")
+        _mark_done(run)
     return run
 
 
@@ -137,6 +137,18 @@ def _begin(run: Run, journal: Journal) -> None:
     journal.event("started", 0, run.describe_rank())
     if run.config.train.validate_every_steps:
         _validate(run, journal)
+
+
+def _mark_done(run: Run) -> None:
+    path = run.directory / DONE_FILE
+    try:
+        path.write_text(f"{run.step}\n", encoding="utf-8")
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise TrainingError(
+            f"all steps are done and saved, but {path} cannot be written: {error}; free space and "
+            "resume, or launchers will go on restarting the run"
+        ) from None
 
 
 def _launch(run: Run, probes: Probes, *, stopping: bool) -> PendingStep:

@@ -13,12 +13,15 @@ from typing import Any
 
 from trinity.ckpt.staging import HostStaging
 from trinity.ckpt.store import discard_after, find_checkpoint
+from trinity.core import job
 from trinity.core.config import RewindConfig
 from trinity.core.errors import TrainingError
 from trinity.parallel.precision import leave_fp8
 from trinity.train.interventions import Intervention, add_intervention, read_interventions
 from trinity.train.run import Run
 
+LAUNCH_PROGRESS_FILE = "launch-progress"
+"""Where launch/slurm.sbatch keeps the step saved last, to see whether requeues get anywhere."""
 NEARBY_WINDOWS = 10
 """Rewinds within so many windows of one another are attempts at the same trouble."""
 
@@ -105,15 +108,18 @@ class Rewinder:
             attempt=attempt,
             out_of_fp8=self.config.fp8_fallback,
         )
-        add_intervention(run.directory, entry)
-        run.loader.skip_rows(entry.first_row, entry.end_row)
-        for stage in run.model.stages:
-            leave_fp8(stage.model, entry.out_of_fp8)
+        # In this order: whenever this is cut short, the run resumes from before the trouble.
         run.saved = None
         run.save()
         if run.saver is not None:
             run.saver.wait()
         discard_after(run.directory, run.step)
+        add_intervention(run.directory, entry)
+        run.loader.skip_rows(entry.first_row, entry.end_row)
+        for stage in run.model.stages:
+            leave_fp8(stage.model, entry.out_of_fp8)
+        if job.is_first():  # the launcher must not take steps that were given back for a stall
+            (run.directory / LAUNCH_PROGRESS_FILE).unlink(missing_ok=True)
         return entry
 
     def _go_back(self, run: Run, first_spike: int, margin_steps: int) -> None:
