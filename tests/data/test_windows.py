@@ -121,7 +121,7 @@ def test_excluded_documents_are_never_opened(
     ("line", "message"),
     [
         ("elsewhere 3", "line 1: 'elsewhere 3' is no"),
-        ("fixture three", "is no \"source number\""),
+        ("fixture three", 'is no "source number"'),
         ("fixture 999999", "documents, numbered from 0"),
     ],
 )

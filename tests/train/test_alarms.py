@@ -12,19 +12,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.train.poison import train
 from tools.ranks import on_ranks
+from tools.record_curves import STEP_KEYS, instrument_keys
 from trinity.core import job
 from trinity.core.alarms import AlarmWatch
 from trinity.core.instruments import Instrument, instruments
+from trinity.core.load_config import load_config
 from trinity.nn.moe import MoE
 from trinity.train import step as step_module
 from trinity.train.metrics import read_metrics
 from trinity.train.probe_work import FixedWork
+from trinity.train.stability import Judge
+from trinity.train.step import StepResult
+from trinity.train.watch import Watch
 
 STEPS = [
     "train.num_steps=280",
@@ -208,3 +214,51 @@ def test_the_table_is_complete() -> None:
         assert set(row.silences) <= table.keys(), row.name
         assert row.first.endswith("."), row.name
         assert row.alarm in ("non_finite", "stuck") or row.level, row.name
+
+
+HEALTHY = Path(__file__).parent / "fixtures/healthy.npz"
+"""20,000 steps of a small model on the Python standard library, as tools/record_curves.py packs
+them: configs/tiny.toml with hidden_size=48, 4 layers, 8 experts top-2, sequence_length=128, 4 rows
+a step, fp32, one thread. Nothing was done to it."""
+
+
+def test_20000_healthy_steps_sound_none(calm_toml: Path) -> None:
+    """A real run's numbers through judge, watch and alarms, as the trainer would have seen them."""
+    curves = np.load(HEALTHY)
+    experts = ["model.num_experts=8", "model.num_experts_per_tok=2", "stability.skip_spikes=true"]
+    config = load_config(calm_toml, [*experts, "rewind.enabled=true"])
+    judge, watch, alarms = Judge(config.stability, config.optim), Watch(config), AlarmWatch()
+    at_step: dict[int, list[dict[str, Any]]] = {}
+    for step, row in zip(curves["instrument_steps"], curves["instruments"], strict=True):
+        values = {k: v for k, v in zip(instrument_keys(), row.tolist(), strict=True) if v == v}
+        at_step.setdefault(int(step), []).append({"kind": "instruments", **values})
+    for step, loss in zip(curves["validation_steps"], curves["validation"], strict=True):
+        at_step.setdefault(int(step), []).append({"kind": "validation", "loss": float(loss)})
+    columns = {key: curves[key].tolist() for key in STEP_KEYS}
+    loads = torch.from_numpy(curves["load"].astype(np.int64))
+    sounded: list[str] = []
+    for step in range(1, len(loads) + 1):
+        known = {key: column[step - 1] for key, column in columns.items()}
+        loss, norm = (
+            torch.tensor(known[key], dtype=torch.float64) for key in ("loss", "grad_norm")
+        )
+        verdict = judge.verdict(loss, norm)
+        result = StepResult(
+            **{key: known[key] for key in STEP_KEYS if key != "next_row"},
+            clip_factor=1.0,
+            loss_score=float(verdict.loss_score),
+            grad_score=float(verdict.norm_score),
+            accepted=bool(verdict.accept),
+            is_calm=bool(verdict.is_calm),
+            num_stopping=0,
+            num_tokens=512,
+            load_LE=loads[step - 1],
+        )
+        derived = watch.observe(step, result)
+        assert result.accepted, step
+        assert watch.rewind_reason(step, derived) is None, step
+        record = {"kind": "train", "overflow": 0.0, **known, **derived}
+        for line in [record, *at_step.get(step, [])]:
+            sounded += [alarm.instrument.name for alarm in alarms.feed({"step": step, **line})]
+    assert sounded == []
+    assert len(loads) == 20_000

@@ -31,9 +31,7 @@ def square_sum(parameters: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(
-    parameters: Iterable[Tensor], norm: Tensor, max_norm: float | Tensor
-) -> Tensor:
+def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """Scale all gradients in place so that ``norm``, their global norm, is at most ``max_norm``.
 
     Returns the factor, a scalar. Nothing waits for the device.

@@ -148,9 +148,7 @@ class Muon(torch.optim.Optimizer):
             self._exchanges[key] = MatrixExchange(parameter, axes, group)
         return self._exchanges[key]
 
-    def _direction(
-        self, parameter: Tensor, group: dict[str, Any], accept: Tensor | None
-    ) -> Tensor:
+    def _direction(self, parameter: Tensor, group: dict[str, Any], accept: Tensor | None) -> Tensor:
         assert parameter.grad is not None
         momentum = local_tensor(self._momentum(parameter))
         gradient = local_tensor(parameter.grad).to(momentum.dtype)
