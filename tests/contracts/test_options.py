@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.train.poison import GOES_BACK
 from tests.train.poison import train as train_poisoned
 from tools.ledger import HYBRID, axes_as_overrides, ledger_config, train
 from tools.ranks import on_ranks
@@ -22,14 +23,6 @@ ALL_TABLES = [
     if isinstance(value, type) and issubclass(value, tables.Table) and value is not tables.Table
 ]
 
-GOES_BACK = [
-    "stability.skip_spikes=true",
-    "train.num_steps=28",
-    "rewind.enabled=true",
-    "rewind.spikes=2",
-    "rewind.pad_steps=1",
-    "rewind.snapshot_every_steps=10",
-]
 EXPANDED = {("ModelConfig", "layer_pattern")}
 """Shorthand that validation expands into other fields."""
 

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from tests.parallel import gloo_deep_ep
+from tests.train.poison import GOES_BACK, train
 from tools.ledger import LAYOUTS, ROOT, TOLERANCE, compare, run_layout
+from tools.ranks import on_ranks
 from trinity.core.errors import ConfigError
 from trinity.core.load_config import load_config
 from trinity.models.lm import LanguageModel
 from trinity.parallel.deep_ep import DeepEPDispatcher
-from trinity.parallel.precision import use_fp8
+from trinity.parallel.precision import leave_fp8, use_fp8
 
 CONFIG = load_config(ROOT / "configs/ledger.toml").model
 
@@ -53,6 +55,39 @@ def test_fp8_rounds_the_products_and_learns_all_the_same(recipe: str) -> None:
         for m in (exact, rounded)
     )
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
+
+
+def test_layers_leave_fp8_by_name() -> None:
+    tokens_BS = torch.randint(0, 512, (2, 32))
+    exact, model = (LanguageModel.initialized(CONFIG, seed=1) for _ in range(2))
+    use_fp8(model, "tensorwise")
+    assert leave_fp8(model, ["layers.0.mixer.q_proj"]) == ["backbone.layers.0.mixer.q_proj"]
+    left = leave_fp8(model, ["layers.0.*"])
+    assert left
+    assert all(name.startswith("backbone.layers.0.") for name in left)
+    assert leave_fp8(model, ["layers.0.*"]) == []
+    assert any(type(m).__name__ == "Float8Linear" for m in model.modules())
+    leave_fp8(model, ["*"])
+    losses = [m.loss(tokens_BS, tokens_BS.roll(-1, 1)).total for m in (exact, model)]
+    assert torch.equal(*losses)
+
+
+def test_a_rewind_takes_layers_out_of_fp8_for_good(tiny_toml: Path, tmp_path: Path) -> None:
+    """FSDP holds the modules: they change in place, and again when the run is opened anew."""
+    fp8 = ["train.fp8=tensorwise", "batch.microbatch_rows=1", "data.lanes=4"]
+    overrides = [*fp8, *GOES_BACK, 'rewind.fp8_fallback=["layers.0.*"]']
+    for resume in (False, True):
+        told = on_ranks(2, _linears_after, tiny_toml, tmp_path / "run", overrides, resume)
+        for names in told:
+            assert not any("layers.0." in name for name in names), resume
+            assert any("layers.1." in name for name in names), resume
+
+
+def _linears_after(toml: Path, directory: Path, overrides: list[str], resume: bool) -> list[str]:
+    more = ["train.num_steps=30"] if resume else []
+    run = train(toml, directory, [*overrides, *more], range(80, 96), resume=resume)
+    (stage,) = run.model.stages
+    return [name for name, m in stage.named_modules() if type(m).__name__ == "Float8Linear"]
 
 
 def test_fp8_under_tensor_and_expert_parallel(tmp_path: Path) -> None:

@@ -28,6 +28,15 @@ SMALL = [
     "stability.min_steps=10",
 ]
 """A run of a hundred steps within seconds."""
+GOES_BACK = [
+    "stability.skip_spikes=true",
+    "train.num_steps=28",
+    "rewind.enabled=true",
+    "rewind.spikes=2",
+    "rewind.pad_steps=1",
+    "rewind.snapshot_every_steps=10",
+]
+"""Meets rows 80 to 95 in steps 21 to 24 and rewinds; 28 steps."""
 
 
 @contextlib.contextmanager
