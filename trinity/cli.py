@@ -103,6 +103,24 @@ def plan(
 
 
 @app.command()
+def monitor(
+    directory: Annotated[Path, typer.Argument(help="a run, or runs below", metavar="RUNS_DIR")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 5006,
+    export: Annotated[
+        Path | None, typer.Option(help="write an offline report here instead", metavar="FILE.html")
+    ] = None,
+    run: Annotated[
+        list[str] | None, typer.Option(help="run to select, by name; may be repeated")
+    ] = None,
+) -> None:
+    """Show runs on a local web page while they train, or write them as one HTML file."""
+    from trinity.monitor.command import monitor_command
+
+    monitor_command(directory, host=host, port=port, export=export, runs=run or [])
+
+
+@app.command()
 def replay(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
 ) -> None:
