@@ -57,11 +57,13 @@ def _never_saw(directory: Path) -> str:
     return f"data.skip_rows=[[{entry.first_row},{entry.end_row}]]"
 
 
-@pytest.mark.parametrize("skip", [True, False], ids=["with skipping", "alone"])
+@pytest.mark.parametrize("way", ["with skipping", "alone", "from disk"])
 def test_a_rewound_run_ends_as_one_that_never_saw_the_rows(
-    tiny_toml: Path, tmp_path: Path, skip: bool
+    tiny_toml: Path, tmp_path: Path, way: str
 ) -> None:
-    overrides = [*STEPS, *REWIND, *([SKIP] if skip else [])]
+    disk = f"rewind.snapshot_dir={tmp_path / 'snapshots'}"
+    more = {"with skipping": [SKIP], "alone": [], "from disk": [disk]}[way]
+    overrides = [*STEPS, *REWIND, *more]
     train(tiny_toml, tmp_path / "rewound", overrides, POISON)
     (event,) = _events(tmp_path / "rewound", "rewind")
     assert event["attempt"] == 1
@@ -71,6 +73,7 @@ def test_a_rewound_run_ends_as_one_that_never_saw_the_rows(
     _assert_same_end(tmp_path / "rewound", tmp_path / "clean")
     losses = [row["loss"] for row in read_metrics(tmp_path / "rewound", "train")][-30:]
     assert max(losses) < 5.5
+    assert not list((tmp_path / "snapshots").glob("*"))
 
 
 def test_without_it_the_spike_is_there_for_all_to_see(tiny_toml: Path, tmp_path: Path) -> None:

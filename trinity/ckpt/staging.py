@@ -1,12 +1,19 @@
-"""Copies of tensors in host memory, so that they can be written while training goes on."""
+"""Copies of tensors beside the training: in host memory, or on a disk of the machine."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from trinity.core.job import rank
 
 
 class HostStaging:
@@ -36,7 +43,7 @@ class HostStaging:
         old, self._buffers = self._buffers, {}
         accelerators: set[torch.device] = set()
         for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+            local = _local(tensor)
             buffer = old.pop(name, None)
             if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
                 buffer = torch.empty_like(local, device="cpu", pin_memory=not local.is_cpu)
@@ -53,13 +60,54 @@ class HostStaging:
         """Write the copies back into tensors of the same names; returns those."""
         assert tensors.keys() == self._buffers.keys()
         for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            local.copy_(self._buffers[name])
+            _local(tensor).copy_(self._buffers[name])
         return tensors
 
     def clear(self) -> None:
         """Give the memory back."""
         self.tensors, self._buffers = {}, {}
+
+
+class DiskStaging:
+    """The same on a disk of this machine, one file for each rank: for hosts without the memory.
+
+    No checkpoint: nothing is synced, and nothing survives the job. ``fill`` takes as long as the
+    disk takes to write.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """The file is made in ``directory`` and removed by :meth:`clear`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        number, name = tempfile.mkstemp(".safetensors", f"rank{rank()}-", directory)
+        os.close(number)
+        self._path = Path(name)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of what is held."""
+        return self._path.stat().st_size
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write ``tensors`` as they are now. Raises OSError when the disk is full."""
+        save_file({name: _local(t).contiguous().cpu() for name, t in tensors.items()}, self._path)
+
+    @torch.no_grad()
+    def copy_to(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Write the copies back into tensors of the same names; returns those."""
+        with safe_open(self._path, framework="pt") as file:
+            assert tensors.keys() == set(file.keys())
+            for name, tensor in tensors.items():
+                _local(tensor).copy_(file.get_tensor(name))
+        return tensors
+
+    def clear(self) -> None:
+        """Remove the file."""
+        self._path.unlink(missing_ok=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _like(original: Tensor, local: Tensor) -> Tensor:

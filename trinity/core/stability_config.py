@@ -39,7 +39,11 @@ class RewindConfig(Table):
     """Going back to an earlier state and around the data that did harm (trinity.train.rewind)."""
 
     enabled: bool = False
-    snapshot_every_steps: Positive = Field(default=100, description="copies in host memory")
+    snapshot_every_steps: Positive = Field(default=100, description="how often the state is copied")
+    snapshot_dir: str | None = Field(
+        default=None,
+        description="disk of each machine that holds the copies; without it, host memory does",
+    )
     num_snapshots: Positive = Field(default=3, description="copies that are kept")
     spikes: Positive = Field(default=5, description="more of them than this trigger a rewind ...")
     window_steps: Positive = Field(default=50, description="... among so many steps")
@@ -61,6 +65,9 @@ class LogConfig(Table):
     """What is written while training."""
 
     every_steps: Positive = 1
+    load_every_steps: Positive = Field(
+        default=1, description="how often a step's line holds the load of every single expert"
+    )
     instruments_every_steps: NonNegative = Field(
         default=10, description="how often the dearer instruments are read; 0: never"
     )

@@ -151,8 +151,12 @@ class Journal:
             "mfu": mfu,
             "peak_memory_bytes": peak_memory_bytes(self.run.device),
             "max_vio": max_vio_L.tolist(),
-            "load": result.load_LE.tolist(),
+            **self._load(launched.step, result),
         }
+
+    def _load(self, step: int, result: StepResult) -> dict[str, Any]:
+        is_due = step % self.run.config.log.load_every_steps == 0
+        return {"load": result.load_LE.tolist()} if is_due else {}
 
     def _tell(self, step: int, values: dict[str, Any]) -> None:
         mfu = f"  mfu {values['mfu']:.0%}" if values["mfu"] is not None else ""

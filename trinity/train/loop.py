@@ -119,7 +119,11 @@ def _train(
             journal.restart_clock()
     journal.settle()
     saving.finish()
-    if journal.is_stopping:
+    if rewinder is not None:
+        rewinder.ring.drop_after(-1)
+    if run.step == last_step:
+        journal.event("finished", last_step, f"saved {run.saved}")
+    elif journal.is_stopping:
         reason = "another rank" if stop.received is None else stop.received.name
         journal.event("stopped", run.step, f"{reason}: saved {run.saved}, stopping")
 

@@ -60,7 +60,7 @@ class MetricsWriter:
             self._tensorboard = None
 
     def _mirror(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        if self._tensorboard is None:
+        if self._tensorboard is None or kind == "event":
             return
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):

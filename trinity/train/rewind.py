@@ -1,4 +1,4 @@
-"""Going back: snapshots in memory, which one to take, and around which data.
+"""Going back: snapshots, which one to take, and around which data.
 
 A spike that skipping does not cure is a matter of data and state together (PaLM, section 5.1): the
 same data met from another state does no harm. So the run returns to a state well before the first
@@ -9,9 +9,10 @@ ranks share; nobody has to be asked.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from trinity.ckpt.staging import HostStaging
+from trinity.ckpt.staging import DiskStaging, HostStaging
 from trinity.ckpt.store import discard_after, find_checkpoint
 from trinity.core import job
 from trinity.core.config import RewindConfig
@@ -28,11 +29,11 @@ NEARBY_WINDOWS = 10
 
 @dataclass
 class Snapshot:
-    """A copy of everything a checkpoint holds, in host memory."""
+    """A copy of everything a checkpoint holds."""
 
     step: int
     meta: dict[str, Any]
-    staging: HostStaging
+    staging: HostStaging | DiskStaging
 
 
 class SnapshotRing:
@@ -48,9 +49,12 @@ class SnapshotRing:
         is_due = run.step % self._config.snapshot_every_steps == 0 or not self.snapshots
         if not is_due or any(own.step == run.step for own in self.snapshots):
             return False
-        staging = HostStaging()
         if len(self.snapshots) >= self._config.num_snapshots:
-            staging = self.snapshots.pop(0).staging  # its memory is used again
+            staging = self.snapshots.pop(0).staging  # its memory, or file, is used again
+        elif self._config.snapshot_dir is None:
+            staging = HostStaging()
+        else:
+            staging = DiskStaging(Path(self._config.snapshot_dir))
         staging.fill(run.tensors())
         self.snapshots.append(Snapshot(run.step, run.meta(), staging))
         return True
@@ -61,11 +65,14 @@ class SnapshotRing:
 
     def drop_after(self, step: int) -> None:
         """Forget what was taken later than ``step``."""
+        for own in self.snapshots:
+            if own.step > step:
+                own.staging.clear()
         self.snapshots = [own for own in self.snapshots if own.step <= step]
 
     @property
     def num_bytes(self) -> int:
-        """Host memory that the ring holds."""
+        """Memory, or disk, that the ring holds."""
         return sum(own.staging.num_bytes for own in self.snapshots)
 
 
@@ -132,7 +139,7 @@ class Rewinder:
             found, _ = find_checkpoint(run.directory, not_after=max(wanted, 0))
             if found is not None:
                 run.restore_from(found)
-                self.ring.snapshots = []
+                self.ring.drop_after(-1)
                 return
             snapshot = next((own for own in self.ring.snapshots if own.step <= latest), None)
         if snapshot is None:
