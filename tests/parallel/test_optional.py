@@ -72,6 +72,7 @@ def test_layers_leave_fp8_by_name() -> None:
     assert torch.equal(*losses)
 
 
+@pytest.mark.slow
 def test_a_rewind_takes_layers_out_of_fp8_for_good(tiny_toml: Path, tmp_path: Path) -> None:
     """FSDP holds the modules: they change in place, and again when the run is opened anew."""
     fp8 = ["train.fp8=tensorwise", "batch.microbatch_rows=1", "data.lanes=4"]

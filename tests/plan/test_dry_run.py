@@ -119,9 +119,8 @@ def test_parameters_gathered_once_per_step_travel_once() -> None:
     assert often[key].num_bytes == 2 * once[key].num_bytes
 
 
-@pytest.mark.parametrize(
-    ("recompute", "passes"), [("none", 4), pytest.param("full", 6, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("recompute", "passes"), [("none", 4), ("full", 6)])
 def test_trinity_large_on_2048_ranks_moves_little_more_than_the_least(
     recompute: str, passes: int
 ) -> None:

@@ -33,7 +33,7 @@ from trinity.train.step import StepResult
 from trinity.train.watch import Watch
 
 STEPS = [
-    "train.num_steps=280",
+    "train.num_steps=240",
     "checkpoint.every_steps=0",
     "log.instruments_every_steps=10",
     "stability.skip_spikes=true",
@@ -107,7 +107,7 @@ def test_a_healthy_run_sounds_none(calm_toml: Path, tmp_path: Path) -> None:
     train(calm_toml, tmp_path / "run", STEPS)
     assert _alarms(tmp_path / "run") == set()
     read = read_metrics(tmp_path / "run", "instruments")
-    assert [row["step"] for row in read] == list(range(10, 281, 10))
+    assert [row["step"] for row in read] == list(range(10, 241, 10))
 
 
 @pytest.mark.parametrize(

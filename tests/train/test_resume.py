@@ -78,7 +78,7 @@ def long_overrides() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("packing", ["rsdb", "sequential"])
+@pytest.mark.parametrize("packing", ["rsdb", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_kill_9_at_a_random_step_then_resume(
     tiny_toml: Path, tmp_path: Path, long_overrides: list[str], packing: str
 ) -> None:
