@@ -122,11 +122,14 @@ def test_saved_by_many_ranks_loaded_by_others_and_by_one(tmp_path: Path, world_s
 
 
 def _fail_on_rank_1(rank: int, world_size: int, run_dir: Path) -> None:
+    tensors = _tensors(rank, world_size)
+    dist.barrier()  # the ranks' store is a file, too: all that is written there is, before the limit
     if rank == 1:  # a file-size limit stands in for a disk that is full on one node only
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
     with pytest.raises(CheckpointError, match="could not save step 2"):
-        save_checkpoint(run_dir, 2, _tensors(rank, world_size), {}, keep_last=1)  # type: ignore[arg-type]
+        save_checkpoint(run_dir, 2, tensors, {}, keep_last=1)  # type: ignore[arg-type]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def test_a_full_disk_on_one_rank_is_an_error_on_all(saved: Path) -> None:

@@ -21,9 +21,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from trinity.core import job
+from trinity.core.run_files import METRICS_FILE
 from trinity.train import watchdog as watchdog_module
 from trinity.train.guard import watch
-from trinity.train.metrics import METRICS_FILE, read_metrics
+from trinity.train.metrics import read_metrics
 from trinity.train.watchdog import (
     HANG_EXIT_CODE,
     RECORDER_DIR,

@@ -11,10 +11,11 @@ from torch import Tensor
 from trinity.ckpt.hf import export_hf, import_hf
 from trinity.ckpt.hf_config import check_is_afmoe
 from trinity.ckpt.hf_names import Layout
-from trinity.ckpt.load import HF_CONFIG, RUN_CONFIG, RUN_TOKENIZER, usable_checkpoint
+from trinity.ckpt.load import HF_CONFIG, RUN_TOKENIZER, usable_checkpoint
 from trinity.ckpt.store import load_tensors
 from trinity.core.errors import CheckpointError, ConfigError
 from trinity.core.load_config import load_config
+from trinity.core.run_files import CONFIG_FILE
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,8 +33,8 @@ def convert_to_hf(
         raise ConfigError(f"--dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     if layout not in get_args(Layout):
         raise ConfigError(f"--layout {layout!r} is unknown; use {' or '.join(get_args(Layout))}")
-    if (source / RUN_CONFIG).is_file():
-        config = load_config(source / RUN_CONFIG).model
+    if (source / CONFIG_FILE).is_file():
+        config = load_config(source / CONFIG_FILE).model
         check_is_afmoe(config)
         checkpoint = usable_checkpoint(source)
 
@@ -47,7 +48,7 @@ def convert_to_hf(
         config, tensor_of, tokenizer_dir = hf.model_config, hf.tensor, source
     else:
         raise CheckpointError(
-            f"{source} is neither a run directory ({RUN_CONFIG}) nor a Hugging Face directory "
+            f"{source} is neither a run directory ({CONFIG_FILE}) nor a Hugging Face directory "
             f"({HF_CONFIG}); check the path"
         )
     export_hf(

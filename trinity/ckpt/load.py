@@ -8,10 +8,10 @@ from trinity.ckpt.hf import import_hf
 from trinity.ckpt.store import latest_checkpoint, load_tensors
 from trinity.core.errors import CheckpointError
 from trinity.core.load_config import load_config
+from trinity.core.run_files import CONFIG_FILE
 from trinity.data.tokenizer import Tokenizer, load_tokenizer
 from trinity.models.lm import LanguageModel
 
-RUN_CONFIG = "config.toml"
 HF_CONFIG = "config.json"
 RUN_TOKENIZER = "tokenizer"
 
@@ -23,7 +23,7 @@ def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
     verifies is taken. Raises CheckpointError or DataError naming what is missing or damaged.
     """
     path = Path(path)
-    if (path / RUN_CONFIG).is_file():
+    if (path / CONFIG_FILE).is_file():
         return load_run_model(path), load_tokenizer(path / RUN_TOKENIZER)
     if (path / HF_CONFIG).is_file():
         checkpoint = import_hf(path)
@@ -31,14 +31,14 @@ def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
         checkpoint.load_into(model)
         return model.eval(), load_tokenizer(path)
     raise CheckpointError(
-        f"{path} is neither a run directory ({RUN_CONFIG}) nor a Hugging Face directory "
+        f"{path} is neither a run directory ({CONFIG_FILE}) nor a Hugging Face directory "
         f"({HF_CONFIG}); check the path"
     )
 
 
 def load_run_model(run_dir: Path) -> LanguageModel:
     """The model of a run at its newest good checkpoint."""
-    config = load_config(run_dir / RUN_CONFIG)
+    config = load_config(run_dir / CONFIG_FILE)
     model = LanguageModel.on_meta(config.model).to_empty(device="cpu")
     names = [f"model.{name}" for name in model.state_dict()]
     tensors = load_tensors(usable_checkpoint(run_dir), names)
@@ -47,7 +47,7 @@ def load_run_model(run_dir: Path) -> LanguageModel:
         if stored.shape != tensor.shape:
             raise CheckpointError(
                 f"{run_dir}: {name} has shape {tuple(stored.shape)} in the checkpoint but "
-                f"{tuple(tensor.shape)} by {RUN_CONFIG}; restore the run's own {RUN_CONFIG}"
+                f"{tuple(tensor.shape)} by {CONFIG_FILE}; restore the run's own {CONFIG_FILE}"
             )
         tensor.copy_(stored)
     return model.eval()

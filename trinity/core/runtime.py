@@ -68,6 +68,13 @@ def set_threads(num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 
 
+def allow_many_files() -> None:
+    """Raise this process's limit of open files as far as it may: every shard of tokens is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class StopSignal:
     """Remembers that SIGTERM or SIGUSR1 arrived.
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trinity.core.instruments import instruments
+from trinity.core.run_files import CONFIG_FILE, DONE_FILE, HEARTBEAT_FILE, METRICS_FILE, RECORD_FILE
 
-METRICS_FILE = "metrics.jsonl"
-MARKS_OF_A_RUN = (METRICS_FILE, "config.toml", "run.json")
+MARKS_OF_A_RUN = (METRICS_FILE, CONFIG_FILE, RECORD_FILE)
 MAX_DEPTH = 3
 TAIL_BYTES = 256 << 10
 LIFE = ("started", "resumed", "stopped", "finished", "gave_up")
@@ -67,10 +67,10 @@ def run_state(name: str, path: Path, now: float | None = None) -> RunState:
     """
     now = time.time() if now is None else now
     metrics = path / METRICS_FILE
-    written = max(_modified(path / "heartbeat"), _modified(metrics))
+    written = max(_modified(path / HEARTBEAT_FILE), _modified(metrics))
     silent_s = max(0.0, now - written) if written else 0.0
     end = _end_of(metrics)
-    if (path / "DONE").exists():
+    if (path / DONE_FILE).exists():
         state = "finished"
     elif end.ended:
         state = end.ended.replace("_", " ")

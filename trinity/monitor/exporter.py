@@ -22,9 +22,9 @@ from typing import Any
 from rich.console import Console
 
 from trinity.core.errors import ConfigError
-from trinity.monitor.follow import CONFIG_FILE, FollowedRun
+from trinity.core.run_files import CONFIG_FILE, METRICS_FILE
+from trinity.monitor.follow import FollowedRun
 from trinity.monitor.serve_metrics import MetricsServer, RunFacts, WatchFacts, families, printable
-from trinity.monitor.tail import METRICS_FILE
 from trinity.monitor.webhook import Outbox, check_url
 
 MAX_DEPTH = 3

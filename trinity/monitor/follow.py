@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity.core.instruments import instruments
+from trinity.core.run_files import CONFIG_FILE, DONE_FILE, HEARTBEAT_FILE, METRICS_FILE
 from trinity.monitor.serve_metrics import (
     KNOWN_EVENTS,
     OTHER,
@@ -19,12 +20,9 @@ from trinity.monitor.serve_metrics import (
     load_share,
     number,
 )
-from trinity.monitor.tail import METRICS_FILE, JsonLinesTail, Position
+from trinity.monitor.tail import JsonLinesTail, Position
 from trinity.monitor.webhook import SEVERITY_OF_EVENT, identify
 
-CONFIG_FILE = "config.toml"
-DONE_FILE = "DONE"
-HEARTBEAT_FILE = "heartbeat"
 START_S = 1800.0
 """Building data, compiling and reading a checkpoint may take so long before the first step."""
 ACTIVE_S = 86400.0

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from trinity.monitor.catalog import METRICS_FILE, RunState, find_runs, run_state
+from trinity.core.run_files import METRICS_FILE
+from trinity.monitor.catalog import RunState, find_runs, run_state
 from trinity.monitor.history import History
 
 POLL_S = 1.0

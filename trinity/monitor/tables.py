@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trinity.core.instruments import instruments
+from trinity.core.run_files import CONFIG_FILE
 from trinity.monitor.catalog import RunState, duration, flat_config
 from trinity.monitor.history import History
 
@@ -149,7 +150,7 @@ def config_html(runs: Mapping[str, Path], colors: Mapping[str, str]) -> str:
         older = sorted(path.glob("config.until-step-*.toml"), key=_until_step)
         for file in older if len(runs) == 1 else []:
             columns[f"until step {_until_step(file):,}"] = flat_config(file)
-        columns[name] = flat_config(path / "config.toml")
+        columns[name] = flat_config(path / CONFIG_FILE)
         dots[name] = _dot(name, colors)
     if len(columns) < 2:
         return (

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-METRICS_FILE = "metrics.jsonl"
 CHUNK_BYTES = 2**24
 """Read at a time, so that a long record never has to fit into memory."""
 MAX_LINE_BYTES = 2**26

@@ -14,9 +14,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from trinity.ckpt.manifest import write_synced
 from trinity.core import job
 from trinity.core.errors import DataError
+from trinity.core.run_files import INTERVENTIONS_FILE
 from trinity.core.tables import NonNegative, Positive, Table
-
-INTERVENTIONS_FILE = "interventions.json"
 
 
 class Intervention(Table):

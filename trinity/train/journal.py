@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 from trinity.core import job
 from trinity.core.alarms import AlarmWatch
 from trinity.core.errors import TrainingError
+from trinity.core.run_files import HEARTBEAT_FILE
 from trinity.core.runtime import Moment, peak_flops, peak_memory_bytes
 from trinity.models.flops import train_flops_per_token
 from trinity.nn.balance import max_violation
 from trinity.train.corruption import Replay
 from trinity.train.metrics import MetricsWriter, Reporter
 from trinity.train.probes import values as probe_values
-from trinity.train.run import HEARTBEAT_FILE, Run
+from trinity.train.run import Run
 from trinity.train.step import FINITE, PendingStep, StepResult
 
 NUM_ROWS_TOLD = 8

@@ -12,6 +12,7 @@ from trinity.ckpt.background import BackgroundSaver
 from trinity.core import job
 from trinity.core.config import Config
 from trinity.core.errors import TrainingError
+from trinity.core.run_files import DONE_FILE
 from trinity.core.runtime import StopSignal, set_threads
 from trinity.models.lm import LanguageModel
 from trinity.optim.groups import parameter_table, render_table
@@ -23,7 +24,7 @@ from trinity.train.metrics import MetricsWriter, Reporter
 from trinity.train.probes import Probes
 from trinity.train.profile import step_profiler
 from trinity.train.rewind import Rewinder
-from trinity.train.run import DONE_FILE, Run, open_run
+from trinity.train.run import Run, open_run
 from trinity.train.saving import Saving
 from trinity.train.step import PendingStep, train_step
 from trinity.train.watchdog import FIRST_STEP, OTHER_WORK, Watchdog

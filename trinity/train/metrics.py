@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from trinity.core.run_files import METRICS_FILE
 from trinity.train.sink import LineSink
 
-METRICS_FILE = "metrics.jsonl"
 PLAIN_WIDTH = 120
 """Columns where there is no terminal to ask."""
 

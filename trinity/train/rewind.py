@@ -17,12 +17,11 @@ from trinity.ckpt.store import discard_after, find_checkpoint
 from trinity.core import job
 from trinity.core.config import RewindConfig
 from trinity.core.errors import TrainingError
+from trinity.core.run_files import LAUNCH_PROGRESS_FILE
 from trinity.parallel.precision import leave_fp8
 from trinity.train.interventions import Intervention, add_intervention, read_interventions
 from trinity.train.run import Run
 
-LAUNCH_PROGRESS_FILE = "launch-progress"
-"""Where launch/slurm.sbatch keeps the step saved last, to see whether requeues get anywhere."""
 NEARBY_WINDOWS = 10
 """Rewinds within so many windows of one another are attempts at the same trouble."""
 

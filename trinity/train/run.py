@@ -28,6 +28,8 @@ from trinity.core.batch import Batch
 from trinity.core.config import BatchConfig, Config
 from trinity.core.errors import CheckpointError, ConfigError, DataError
 from trinity.core.load_config import dump_config, load_config
+from trinity.core.run_files import CONFIG_FILE, DONE_FILE, RECORD_FILE
+from trinity.core.runtime import allow_many_files
 from trinity.core.sharding import local_tensor
 from trinity.data.build import Dataset, build_dataset
 from trinity.data.loader import Loader, held_out_rows
@@ -40,10 +42,6 @@ from trinity.train.interventions import read_interventions
 from trinity.train.stability import Judge
 from trinity.train.watch import Watch
 
-CONFIG_FILE = "config.toml"
-RECORD_FILE = "run.json"
-DONE_FILE = "DONE"
-HEARTBEAT_FILE = "heartbeat"
 TOKENIZER_DIR = "tokenizer"
 
 
@@ -232,6 +230,7 @@ def open_run(config: Config, directory: Path, device: torch.device, *, resume: b
     if job.is_first():
         clean_stale(directory)
     torch.manual_seed(config.seed)
+    allow_many_files()
     dataset = _shared_dataset(config)
     meshes = Meshes(layout, device.type) if job.world_size() > 1 else None
     model = ParallelModel.build(config, meshes, device)

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from trinity.core import job
+from trinity.core.run_files import METRICS_FILE
 from trinity.train import guard
-from trinity.train.metrics import METRICS_FILE
 
 HANG_EXIT_CODE = 124
 """Exit status of a process that hung: the one ``timeout`` uses, too."""
