@@ -123,7 +123,7 @@ def test_saved_by_many_ranks_loaded_by_others_and_by_one(tmp_path: Path, world_s
 
 def _fail_on_rank_1(rank: int, world_size: int, run_dir: Path) -> None:
     tensors = _tensors(rank, world_size)
-    dist.barrier()  # the ranks' store is a file, too: all that is written there is, before the limit
+    dist.barrier()  # the ranks' store is a file, too: let all be written before the limit
     if rank == 1:  # a file-size limit stands in for a disk that is full on one node only
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
