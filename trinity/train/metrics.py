@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from rich.table import Table
 from trinity.core.run_files import METRICS_FILE
 from trinity.train.sink import LineSink
 
+_HEAD = re.compile(r'\{"kind": "(\w+)", "step": (\d+)[,}]')
+"""How every line begins."""
 PLAIN_WIDTH = 120
 """Columns where there is no terminal to ask."""
 
@@ -84,19 +87,24 @@ def read_metrics(run_dir: str | Path, kind: str | None = None) -> list[dict[str,
     Left out are a torn last line, and steps that a rewind has abandoned; events never are.
     """
     rows: list[dict[str, Any]] = []
-    for line in (Path(run_dir) / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        row = _parse(line)
-        if row is None:
-            continue
-        if row.get("event") == "rewind":
-            rows = [own for own in rows if _outlasts(own, row["to_step"])]
-        rows.append(row)
-    return [row for row in rows if kind in (None, row["kind"])]
+    with (Path(run_dir) / METRICS_FILE).open(encoding="utf-8") as file:
+        for line in file:
+            found = _HEAD.match(line)
+            if found is not None and kind not in (None, found[1]) and found[1] != "event":
+                continue  # a long record has lines of steps by the gigabyte
+            row = _parse(line)
+            if row is None:
+                continue
+            if row.get("event") == "rewind":
+                rows = [own for own in rows if _outlasts(own["kind"], own["step"], row["to_step"])]
+            if kind in (None, row["kind"]):
+                rows.append(row)
+    return rows
 
 
-def _outlasts(row: dict[str, Any], step: int) -> bool:
+def _outlasts(kind: str, own_step: int, step: int) -> bool:
     """Whether a line stays when the run goes back to ``step``: what happened, happened."""
-    return row["kind"] == "event" or row["step"] <= step
+    return kind == "event" or own_step <= step
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -107,13 +115,24 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _truncate_after(path: Path, step: int) -> None:
+    """Line by line, and only where there is something to cut: a record may not fit in memory."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if (row := _parse(line)) is not None and _outlasts(row, step)]
+    with path.open(encoding="utf-8") as file:
+        if all(_stays(line, step) for line in file):
+            return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    with path.open(encoding="utf-8") as file, temporary.open("w", encoding="utf-8") as target:
+        target.writelines(line for line in file if _stays(line, step))
     os.replace(temporary, path)
+
+
+def _stays(line: str, step: int) -> bool:
+    """Whether a line is whole, and no step beyond ``step``."""
+    if not line.endswith("}\n"):
+        return False
+    found = _HEAD.match(line)
+    return found is not None and _outlasts(found[1], int(found[2]), step)
 
 
 class Reporter:

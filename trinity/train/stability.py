@@ -105,7 +105,7 @@ class Judge:
         norm_score = robust_score(log_norm, self._log_norms, config.min_steps)
         is_calm = is_finite & (loss_score <= config.loss_threshold)
         accept = is_calm if config.skip_spikes else is_finite
-        max_norm = loss.new_tensor(self._optim.grad_clip or float("inf"))
+        max_norm = torch.full_like(loss, self._optim.grad_clip or float("inf"))
         if self._optim.clip_rule == "zclip":
             limit, state = zclip_limit(grad_norm, self._zclip)
             max_norm = torch.minimum(max_norm, limit)
@@ -124,9 +124,10 @@ class Judge:
 
 
 def _level_and_spread(history: Tensor) -> tuple[Tensor, Tensor]:
-    level = history[-LEVEL_STEPS:].nanmedian()
+    # Along a dim: without one, a GPU's median asks the host which element it is.
+    level = history[-LEVEL_STEPS:].nanmedian(0).values
     moves = history.diff()
-    deviation = (moves - moves.nanmedian()).abs().nanmedian() / 2**0.5
+    deviation = (moves - moves.nanmedian(0).values).abs().nanmedian(0).values / 2**0.5
     return level, MAD_TO_SIGMA * deviation + LEAST_SPREAD * level.abs() + 1e-12
 
 
