@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from trinity.core.draws import Stream, normal_by_row
 from trinity.core.errors import ConfigError
 from trinity.models.flow import (
     SigmaDensity,
-    Stream,
     ancestral,
     clean_from,
     euler,
@@ -24,11 +24,9 @@ from trinity.models.flow import (
     interpolate,
     loss_weight,
     noise_from,
-    normal_by_row,
     sampling_sigmas,
     shift_sigma,
     training_sigmas,
-    uniform_by_row,
     velocity_target,
 )
 
@@ -97,29 +95,6 @@ def test_draws_do_not_depend_on_who_draws(parts: list[list[int]]) -> None:
         sigma_B[list(part)] = training_sigmas(7, 11, part, density)
     assert torch.equal(noise, normal_by_row(7, 11, ROWS, (3, 5), Stream.NOISE))
     assert torch.equal(sigma_B, training_sigmas(7, 11, ROWS, density))
-
-
-def test_seed_step_row_and_stream_each_give_other_numbers() -> None:
-    keys = [(seed, step, row) for seed in (0, 1, 2**32) for step in (0, 1) for row in (0, 1)]
-    drawn = torch.cat(
-        [
-            normal_by_row(seed, step, [row], (8,), stream)
-            for seed, step, row in keys
-            for stream in Stream
-        ]
-    )
-    assert len(drawn.flatten().unique()) == len(keys) * len(Stream) * 8
-
-
-def test_draws_have_their_distribution() -> None:
-    fraction = uniform_by_row(3, 0, range(4000), Stream.SIGMA)
-    assert float(fraction.min()) > 0
-    assert float(fraction.max()) <= 1
-    ranks = torch.arange(1, 4001) / 4000
-    assert float((fraction.sort().values - ranks).abs().max()) < 1.63 / math.sqrt(4000)  # 1 %
-    noise = normal_by_row(3, 0, [0, 1], (40_000,), Stream.NOISE).double()
-    assert_close(noise.mean(1), torch.zeros(2, dtype=torch.float64), atol=0.02, rtol=0)
-    assert_close(noise.cov(), torch.eye(2, dtype=torch.float64), atol=0.03, rtol=0)
 
 
 def test_logit_normal_moments() -> None:

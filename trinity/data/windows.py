@@ -49,16 +49,17 @@ class RowWindows:
                 row += end - first
         return row
 
-    def check_lanes(self, num_lanes: int) -> None:
+    def check_lanes(self, num_lanes: int, *, table: str) -> None:
         """Raise DataError unless every window leaves out whole rounds of the lanes.
 
         Where each process reads its own lanes, anything else would give them unequal numbers.
+        ``table`` is where the lanes are configured.
         """
         for first, end in self.windows:
             if first % num_lanes or end % num_lanes:
                 raise DataError(
                     f"rows {first}..{end - 1} are to be skipped, but each process reads lanes of "
-                    f"its own: both ends must be multiples of data.lanes={num_lanes}"
+                    f"its own: both ends must be multiples of {table}.lanes={num_lanes}"
                 )
 
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.core.draws import Stream, normal_by_row, uniform_by_row
 from trinity.core.errors import ConfigError
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -63,49 +62,6 @@ def _over_dims(sigma: Tensor | float, z: Tensor) -> Tensor | float:
         assert sigma.shape == z.shape[:1], (sigma.shape, z.shape)
         return sigma.reshape(-1, *[1] * (z.ndim - 1))
     return sigma
-
-
-class Stream(IntEnum):
-    """What a draw is for. Draws of different streams are independent at the same step and row."""
-
-    SIGMA = 0
-    NOISE = 1
-    """eps of training, and the latents a sampler starts from."""
-    SOLVER = 2
-    """Noise that a stochastic solver adds."""
-    CONDITION = 3
-    """Which rows lose their condition, for classifier-free guidance."""
-
-
-def uniform_by_row(seed: int, step: int, rows: Sequence[int], stream: Stream) -> Tensor:
-    """Uniform numbers in (0, 1], one per row, (len(rows),) fp64 on the CPU.
-
-    ``rows`` are the rows' numbers in the global batch of ``step``: whoever draws for a row, alone
-    or with others, gets the same number.
-    """
-    draws = [1.0 - _generator(seed, step, row, stream).random() for row in rows]
-    return torch.tensor(draws, dtype=torch.float64)
-
-
-def normal_by_row(
-    seed: int, step: int, rows: Sequence[int], shape: Sequence[int], stream: Stream
-) -> Tensor:
-    """Standard normal numbers, (len(rows), *shape) fp32 on the CPU; see :func:`uniform_by_row`.
-
-    Drawn on the CPU whatever the device, about 10 ns per number, for the same values everywhere.
-    """
-    noise = np.empty((len(rows), *shape), dtype=np.float32)
-    for place, row in enumerate(rows):
-        noise[place] = _generator(seed, step, row, stream).standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(noise)
-
-
-def _generator(seed: int, step: int, row: int, stream: Stream) -> np.random.Generator:
-    # Counter-based, so that streams cannot overlap: the low two words of the counter are left to
-    # the numbers of one draw. torch's CPU generator would use 32 bits of a seed only.
-    key = np.array([seed, stream], dtype=np.uint64)
-    counter = np.array([0, 0, row, step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def shift_sigma(sigma: FloatOrTensor, shift: float) -> FloatOrTensor:
