@@ -35,7 +35,21 @@ def _rotary(x, _):
     return ew.rotary(x, *tables), ew.rotary_reference(x, *tables)
 
 
-CASES = {"norm": _norm, "swiglu": _swiglu, "gate": _gate, "rotary": _rotary}
+def _rotary_by_row(x, _):
+    """Other positions in each row."""
+    cos, sin = _tables(x.shape[0] * x.shape[-2], x.shape[-1], torch.float64)
+    tables = [table.unflatten(0, (x.shape[0], -1)) for table in (cos, sin)]
+    rows = [ew.rotary_reference(row, *table) for row, *table in zip(x, *tables, strict=True)]
+    return ew.rotary(x, *tables), torch.stack(rows)
+
+
+CASES = {
+    "norm": _norm,
+    "swiglu": _swiglu,
+    "gate": _gate,
+    "rotary": _rotary,
+    "rotary_by_row": _rotary_by_row,
+}
 
 
 def _grads(out, inputs, grad):
@@ -113,6 +127,16 @@ def test_rotation_keeps_lengths_and_relative_angles():
     scores = rotated_q @ rotated_k.T
     torch.testing.assert_close(scores[7, 3], scores[35, 31])
     assert not torch.allclose(scores[7, 3], scores[35, 30])
+
+
+def test_rows_that_share_positions_share_tables():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 16)
+    cos, sin = _tables(40, 16, torch.float32)
+    shared = ew.rotary(x, cos, sin)
+    assert torch.equal(ew.rotary(x, cos[None], sin[None]), shared)
+    assert torch.equal(ew.rotary(x, cos.expand(2, -1, -1), sin.expand(2, -1, -1)), shared)
+    torch.testing.assert_close(ew.rotary_reference(x, cos[None], sin[None]), shared)
 
 
 def test_compute_dtype_follows_autocast_but_never_narrows_fp64():

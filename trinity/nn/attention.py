@@ -1,4 +1,4 @@
-"""Gated grouped-query attention with QK-norm; local layers rotate, global ones do not."""
+"""Gated grouped-query attention with QK-norm, over the past of a text or over whole images."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from trinity.core.model_config import LayerType, ModelConfig
+from trinity.core.dit_config import DiTConfig
+from trinity.core.model_config import BackboneConfig, LayerType
 from trinity.nn.norm import RMSNorm
 from trinity.ops.attention import causal_attention
 from trinity.ops.elementwise import rotary, sigmoid_gate
+from trinity.ops.image_attention import Sight, image_attention
 
 
 class KeyValueCache(Protocol):
@@ -22,14 +24,15 @@ class KeyValueCache(Protocol):
 
 
 class ContextExchange(Protocol):
-    """Brings the keys and values that earlier parts of the rows hold on other processes."""
+    """Brings the keys and values that other parts of the rows hold on other processes."""
 
     def __call__(
         self, k_BGSd: Tensor, v_BGSd: Tensor, document_ids_BS: Tensor | None, window: int | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Own keys and values preceded by what the own queries see of others'.
+        """Own keys and values with what the own queries may see of others', by position.
 
-        ``document_ids_BS`` covers the whole rows; the result covers the returned keys.
+        ``document_ids_BS`` covers the whole rows; the result covers the returned keys. Of texts
+        that is what precedes the own, of images everything.
         """
         ...
 
@@ -40,9 +43,12 @@ class GatedAttention(nn.Module):
     q and k are RMS-normalised per head with one gain vector each. Layers of type
     ``sliding_attention`` apply rotary positions and see ``sliding_window`` keys, the token itself
     included; layers of type ``full_attention`` see everything before and use no positions.
+
+    In a model of images both see what comes after as well, ``sliding_window`` is the side of a
+    square of base tokens, and global layers rotate too if ``rotate_global``.
     """
 
-    def __init__(self, config: ModelConfig, layer_type: LayerType) -> None:
+    def __init__(self, config: BackboneConfig, layer_type: LayerType) -> None:
         super().__init__()
         width, heads, kv_heads = (
             config.hidden_size,
@@ -51,6 +57,10 @@ class GatedAttention(nn.Module):
         )
         self.head_dim = config.head_dim
         self.window = config.sliding_window if layer_type == "sliding_attention" else None
+        self.is_image = config.is_image
+        self.rotates = self.window is not None
+        if isinstance(config, DiTConfig):
+            self.rotates |= config.rotate_global
         self.backend = "auto"
         self.context: ContextExchange | None = None
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
@@ -67,34 +77,44 @@ class GatedAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         document_ids_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        sight: Sight | None = None,
     ) -> Tensor:
         """(B, S, D) -> (B, S, D).
 
-        ``rope`` holds the cosines and sines (S, head_dim) of the tokens' positions. Attention
-        never crosses a boundary of ``document_ids_BS``; with a ``cache`` there are no documents.
+        ``rope`` holds the cosines and sines of the tokens' positions, (S, head_dim), or with a
+        ``sight`` (B or 1, S, head_dim). Attention never crosses a boundary of ``document_ids_BS``;
+        with a ``cache`` there are no documents. Images need a ``sight`` of the whole rows, which
+        knows their documents itself.
         """
         q_BHSd = self.q_norm(self._heads(self.q_proj(x_BSD))).transpose(1, 2)
         k_BGSd = self.k_norm(self._heads(self.k_proj(x_BSD))).transpose(1, 2)
         v_BGSd = self._heads(self.v_proj(x_BSD)).transpose(1, 2)
-        if self.window is not None:
+        if self.rotates:
             q_BHSd, k_BGSd = rotary(q_BHSd, *rope), rotary(k_BGSd, *rope)
         if cache is not None:
             out_BHSd = cache.attend(q_BHSd, k_BGSd, v_BGSd)
         else:
-            if self.context is not None:
-                k_BGSd, v_BGSd, document_ids_BS = self.context(
-                    k_BGSd, v_BGSd, document_ids_BS, self.window
-                )
-            out_BHSd = causal_attention(
-                q_BHSd,
-                k_BGSd,
-                v_BGSd,
-                window=self.window,
-                document_ids_BS=document_ids_BS,
-                backend=self.backend,
-            )
+            out_BHSd = self._attend(q_BHSd, k_BGSd, v_BGSd, document_ids_BS, sight)
         out_BSD = out_BHSd.transpose(1, 2).flatten(2)
         return self.o_proj(sigmoid_gate(out_BSD, self.gate_proj(x_BSD)))
+
+    def _attend(
+        self,
+        q_BHSd: Tensor,
+        k_BGSd: Tensor,
+        v_BGSd: Tensor,
+        document_ids_BS: Tensor | None,
+        sight: Sight | None,
+    ) -> Tensor:
+        if self.context is not None:
+            k_BGSd, v_BGSd, document_ids_BS = self.context(
+                k_BGSd, v_BGSd, document_ids_BS, self.window
+            )
+        options = {"window": self.window, "backend": self.backend}
+        if self.is_image:
+            assert sight is not None, "attention over images needs to know who sees whom"
+            return image_attention(q_BHSd, k_BGSd, v_BGSd, sight, **options)
+        return causal_attention(q_BHSd, k_BGSd, v_BGSd, document_ids_BS=document_ids_BS, **options)
 
     def _heads(self, x_BSD: Tensor) -> Tensor:
         return torch.unflatten(x_BSD, -1, (-1, self.head_dim))

@@ -24,6 +24,10 @@ SLAB_ROWS = 256
 SMALLEST_STEP, LARGEST_STEP = 1e-3, 1e-1
 LONGEST_HALF_LIFE = 1000.0
 """Tokens."""
+ZERO_PARAMETERS = frozenset({"bias", "modulation", "time_weight", "scale_vectors"})
+"""Last parts of names; convolutions' biases have a rule of their own."""
+ZERO_MODULES = frozenset({"adaln_out", "deembed"})
+"""Parts of names of modules all of whose parameters start at zero."""
 
 
 Sampler = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -35,8 +39,13 @@ def initialize(model: nn.Module, *, weight_std: float, num_layers: int, seed: in
 
     Matrices and embeddings: normal with ``weight_std``, cut at three standard deviations. Norm
     gains: 1, except those that close a branch, which start at 1/sqrt(num_layers). Convolutions:
-    uniform in +-1/sqrt(width). Steps and decays of Mamba-2: as its authors do. Balancing state:
-    zero.
+    uniform in +-1/sqrt(width). Steps and decays of Mamba-2: as its authors do. Balancing state,
+    and biases other than those of convolutions: zero.
+
+    Zero is also most of what a diffusion transformer adds: the weights of reverse scans, so that a
+    mixer computes at first what it does in a language model; the modulations, so that a block is
+    the identity; the noise level's part in routing; what tells the sizes of patches apart; and what
+    predicts velocities.
     """
     widths = {
         f"{name}.{kind}": module.width
@@ -51,6 +60,8 @@ def initialize(model: nn.Module, *, weight_std: float, num_layers: int, seed: in
                 _fill(parameter, _uniform(widths[name] ** -0.5), f"{seed}/{name}")
             elif last in RATES:
                 _fill(parameter, RATES[last], f"{seed}/{name}")
+            elif _starts_at_zero(name):
+                local_tensor(parameter).zero_()
             elif parameter.ndim == 1:
                 gain = post_norm_gain(num_layers) if _closes_a_branch(name) else 1.0
                 local_tensor(parameter).fill_(gain)
@@ -60,8 +71,19 @@ def initialize(model: nn.Module, *, weight_std: float, num_layers: int, seed: in
             buffer.zero_()
 
 
+def _starts_at_zero(name: str) -> bool:
+    *modules, last = name.split(".")
+    is_reverse_scale = modules[-1:] == ["reverse"] and last == "scale"
+    return is_reverse_scale or last in ZERO_PARAMETERS or not ZERO_MODULES.isdisjoint(modules)
+
+
 def _closes_a_branch(name: str) -> bool:
     return name.endswith("_post_norm.weight")
+
+
+def fill_normal(parameter: Tensor, std: float, key: str) -> None:
+    """Fill what is here of a tensor with truncated normal values that ``key`` determines."""
+    _fill(parameter, _truncated_normal(std), key)
 
 
 def _fill(parameter: Tensor, sampler: Sampler, key: str) -> None:

@@ -7,12 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from trinity.core.model_config import ModelConfig
+from trinity.core.model_config import BackboneConfig, LinearOptions
 from trinity.nn.conv import ShortConv
 from trinity.nn.norm import GroupedRMSNorm, RMSNorm
-from trinity.nn.rates import Rates
-from trinity.nn.scan_mixer import ScanCache, ScanMixer
+from trinity.nn.rates import Rates, RateValues
+from trinity.nn.scan_mixer import ReverseWay, ScanCache, ScanMixer, ScanWay
 from trinity.ops.attention import forgetting_attention
+from trinity.ops.image_attention import Sight
 
 
 class ForgettingCache(ScanCache, Protocol):
@@ -25,20 +26,6 @@ class ForgettingCache(ScanCache, Protocol):
         ...
 
 
-class DecayingContext(Protocol):
-    """Brings the tokens that earlier parts of the rows hold on other processes."""
-
-    def __call__(
-        self,
-        k_BGSd: Tensor,
-        v_BGSd: Tensor,
-        log_decay_BGS: Tensor,
-        document_ids_BS: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """All keys, values, log decays and ids up to the end of this part."""
-        ...
-
-
 class LinearMixer(ScanMixer):
     """o_proj of sums over past values, weighted by (q . k)^power and a decay (arXiv 2602.17363).
 
@@ -48,7 +35,7 @@ class LinearMixer(ScanMixer):
     forgets, which keeps every token.
     """
 
-    def __init__(self, config: ModelConfig, layer_type: str) -> None:
+    def __init__(self, config: BackboneConfig, layer_type: str) -> None:
         linear, options = config.linear, config.linear.options(layer_type)
         is_attention = options.power == "exp"
         super().__init__(
@@ -59,27 +46,11 @@ class LinearMixer(ScanMixer):
         width, dim = config.hidden_size, linear.head_dim
         heads, kv_heads = config.linear_heads
         self.head_dim, self.is_attention = dim, is_attention
-        self.attention_context: DecayingContext | None = None
         self.q_proj = nn.Linear(width, heads * dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * dim, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * dim, bias=False)
         self.o_proj = nn.Linear(heads * dim, width, bias=False)
-        self.rates = Rates(
-            width,
-            kv_heads,
-            decay=options.decay,
-            value_dt=options.value_dt,
-            decay_bias=linear.decay_bias == "log_spaced",
-        )
-
-        def conv(num_heads: int, *, bias: bool = linear.conv_bias) -> ShortConv | None:
-            if linear.conv_width == 1:
-                return None
-            return ShortConv(num_heads * dim, linear.conv_width, bias=bias)
-
-        self.q_conv, self.v_conv = conv(heads), conv(kv_heads)
-        # What is added to every key changes no softmax: such a bias would drift with the noise.
-        self.k_conv = conv(kv_heads, bias=linear.conv_bias and not is_attention)
+        self.take(_parts(config, options))
         self.q_norm = RMSNorm(dim, config.rms_norm_eps) if linear.qk_norm else None
         self.k_norm = RMSNorm(dim, config.rms_norm_eps) if linear.qk_norm else None
         self.out_norm = (
@@ -87,6 +58,8 @@ class LinearMixer(ScanMixer):
             if options.norm == "rms"
             else None
         )
+        if config.is_image:
+            self.reverse = ReverseWay(heads, _parts(config, options))
 
     def forward(
         self,
@@ -94,26 +67,41 @@ class LinearMixer(ScanMixer):
         rope: tuple[Tensor, Tensor] | None = None,
         document_ids_BS: Tensor | None = None,
         cache: ScanCache | None = None,
+        sight: Sight | None = None,
     ) -> Tensor:
-        """(B, S, D) -> (B, S, D). ``rope`` is not used. Nothing crosses a document's start."""
+        """(B, S, D) -> (B, S, D). Nothing crosses a document's start, or its end.
+
+        ``rope`` and ``sight`` are not used.
+        """
+        streams = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        out_BSD = self.scan_rows(x_BSD, streams, document_ids_BS, cache).flatten(2)
+        return self.o_proj(out_BSD if self.out_norm is None else self.out_norm(out_BSD))
+
+    def scan_way(
+        self,
+        way: ScanWay,
+        streams: tuple[Tensor, Tensor, Tensor],
+        rates: RateValues,
+        document_ids_BS: Tensor | None,
+        cache: ScanCache | None,
+    ) -> Tensor:
+        """One pass, (B, S, H, d)."""
         past = (document_ids_BS, cache)
-        q_BSHd = self._heads(self.convolve("q_conv", self.q_proj(x_BSD), *past))
-        k_BSGd = self._heads(self.convolve("k_conv", self.k_proj(x_BSD), *past))
-        v_BSGd = self._heads(self.convolve("v_conv", self.v_proj(x_BSD), *past))
+        q_BSHd, k_BSGd, v_BSGd = (
+            self._heads(way.convolve(name, stream_BSC, *past))
+            for name, stream_BSC in zip(("q_conv", "k_conv", "v_conv"), streams, strict=True)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
-        log_decay_BSG, dt_BSG = self.rates(x_BSD, k_BSGd.shape[2])
+        log_decay_BSG, dt_BSG = rates
         if dt_BSG is not None:
             v_BSGd = (v_BSGd * dt_BSG.unsqueeze(-1)).to(v_BSGd.dtype)
-        if self.is_attention:
-            out_BSHd = self._attend(q_BSHd, k_BSGd, v_BSGd, log_decay_BSG, *past)
-        else:
-            out_BSHd = self.mix(q_BSHd, k_BSGd, v_BSGd, log_decay_BSG, *past)
-        out_BSD = out_BSHd.flatten(2)
-        return self.o_proj(out_BSD if self.out_norm is None else self.out_norm(out_BSD))
+        mix = self._attend if self.is_attention else self.mix
+        return mix(way, q_BSHd, k_BSGd, v_BSGd, log_decay_BSG, *past)
 
     def _attend(
         self,
+        way: ScanWay,
         q_BSHd: Tensor,
         k_BSGd: Tensor,
         v_BSGd: Tensor,
@@ -125,8 +113,8 @@ class LinearMixer(ScanMixer):
         log_decay_BGS = log_decay_BSG.transpose(1, 2)
         if cache is not None:
             return cache.attend(q_BHSd, k_BGSd, v_BGSd, log_decay_BGS).transpose(1, 2)  # type: ignore[attr-defined]
-        if self.attention_context is not None:
-            k_BGSd, v_BGSd, log_decay_BGS, document_ids_BS = self.attention_context(
+        if way.attention_context is not None:
+            k_BGSd, v_BGSd, log_decay_BGS, document_ids_BS = way.attention_context(
                 k_BGSd, v_BGSd, log_decay_BGS, document_ids_BS
             )
         return forgetting_attention(
@@ -135,3 +123,24 @@ class LinearMixer(ScanMixer):
 
     def _heads(self, x_BSD: Tensor) -> Tensor:
         return torch.unflatten(x_BSD, -1, (-1, self.head_dim))
+
+
+def _parts(config: BackboneConfig, options: LinearOptions) -> dict[str, nn.Module | None]:
+    """What each way of a layer has for itself."""
+    linear, (heads, kv_heads) = config.linear, config.linear_heads
+
+    def conv(num_heads: int, *, bias: bool = linear.conv_bias) -> ShortConv | None:
+        if linear.conv_width == 1:
+            return None
+        return ShortConv(num_heads * linear.head_dim, linear.conv_width, bias=bias)
+
+    rates = Rates(
+        config.hidden_size,
+        kv_heads,
+        decay=options.decay,
+        value_dt=options.value_dt,
+        decay_bias=linear.decay_bias == "log_spaced",
+    )
+    # What is added to every key changes no softmax: such a bias would drift with the noise.
+    k_conv = conv(kv_heads, bias=linear.conv_bias and options.power != "exp")
+    return {"rates": rates, "q_conv": conv(heads), "v_conv": conv(kv_heads), "k_conv": k_conv}

@@ -74,47 +74,51 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     return x * torch.sigmoid(gate)
 
 
-def rotary_reference(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+def rotary_reference(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + rotate_half(x) * sin, rotate_half([a, b]) = [-b, a] (NeoX layout)."""
+    if cos.ndim == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second = x_BHSd.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
-    return x_BHSd * cos_Sd.to(x_BHSd.dtype) + rotated * sin_Sd.to(x_BHSd.dtype)
+    return x_BHSd * cos.to(x_BHSd.dtype) + rotated * sin.to(x_BHSd.dtype)
 
 
-def rotary(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + d/2) of ``x`` (..., S, d) by the angles of the tables (S, d).
+def rotary(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + d/2) of ``x`` (..., S, d) by the angles of the tables.
 
-    The tables hold each frequency twice, (f, f), as :func:`trinity.nn.rope.rope_tables` makes them;
-    that is what lets the backward be the same rotation with the sine negated. No gradient flows to
-    the tables.
+    The tables are (S, d), or (B, S, d) for ``x`` (B, H, S, d) with positions of their own in each
+    row, where B may be 1. They hold each frequency twice, (f, f), as :mod:`trinity.nn.rope` makes
+    them; that is what lets the backward be the same rotation with the sine negated. No gradient
+    flows to the tables.
     """
-    return _Rotary.apply(x_BHSd, cos_Sd, sin_Sd)
+    return _Rotary.apply(x_BHSd, cos, sin)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_Sd, sin_Sd)
-        return _rotate(x_BHSd, cos_Sd, sin_Sd, sign=1)
+    def forward(ctx: Any, x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x_BHSd, cos, sin, sign=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos_Sd, sin_Sd = ctx.saved_tensors
-        return _rotate(grad, cos_Sd, sin_Sd, sign=-1), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, sign=-1), None, None
 
 
-def _rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, sign: int) -> Tensor:
+def _rotate(x_BHSd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     half = x_BHSd.shape[-1] // 2
-    signed_sin_Sd = torch.cat((sin_Sd[:, :half] * -sign, sin_Sd[:, half:] * sign), dim=-1)
-    cos_Sd, signed_sin_Sd = cos_Sd.to(x_BHSd.dtype), signed_sin_Sd.to(x_BHSd.dtype)
+    signed_sin = torch.cat((sin[..., :half] * -sign, sin[..., half:] * sign), dim=-1)
+    cos, signed_sin = cos.to(x_BHSd.dtype), signed_sin.to(x_BHSd.dtype)
     if x_BHSd.ndim < 3:
-        return (x_BHSd * cos_Sd).addcmul_(x_BHSd.roll(half, -1), signed_sin_Sd)
+        return (x_BHSd * cos).addcmul_(x_BHSd.roll(half, -1), signed_sin)
     # Projections leave heads next to channels: in that order, and with the tables repeated per
     # head, the innermost loops run over H * d elements instead of d.
     x_BSHd = x_BHSd.transpose(-3, -2)
-    cos_SHd, sin_SHd = (
-        table_Sd.unsqueeze(1).expand(x_BSHd.shape[-3:]).contiguous()
-        for table_Sd in (cos_Sd, signed_sin_Sd)
+    num_heads = x_BSHd.shape[-2]
+    cos_BSHd, sin_BSHd = (
+        table.unsqueeze(-2).expand(*table.shape[:-1], num_heads, -1).contiguous()
+        for table in (cos, signed_sin)
     )
-    return (x_BSHd * cos_SHd).addcmul_(x_BSHd.roll(half, -1), sin_SHd).transpose(-3, -2)
+    return (x_BSHd * cos_BSHd).addcmul_(x_BSHd.roll(half, -1), sin_BSHd).transpose(-3, -2)
