@@ -22,9 +22,11 @@ import torch
 
 from tools.ranks import on_ranks
 from trinity.ckpt.store import load_tensors, stored_names
-from trinity.core.config import Config
-from trinity.core.load_config import load_config
-from trinity.train.run import create_run_directory, open_run
+from trinity.core.config import RunConfig
+from trinity.core.load_config import load_any_config
+from trinity.core.sharding import local_tensor
+from trinity.nn.init import fill_normal
+from trinity.train.run import Run, create_run_directory, open_run
 from trinity.train.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +105,8 @@ VARIANTS: dict[str, tuple[dict[str, object], list[str]]] = {
     ),
 }
 """Schedules, recompute modes and combinations beyond the table, with their overrides."""
+DIT = {f"DiT, {name}": axes for name, axes in LAYOUTS.items()}
+"""The same layouts, for a diffusion transformer with every kind of layer."""
 COLUMNS = ("loss", "gradient norm", "parameters", "optimizer state", "SMEBU state", "resumed")
 
 
@@ -118,12 +122,14 @@ class Outcome(NamedTuple):
     """The run, with the checkpoint of step 2."""
 
 
-def ledger_config(directory: Path, dtype: str, overrides: Iterable[str] = ()) -> Config:
+def ledger_config(
+    directory: Path, dtype: str, overrides: Iterable[str] = (), *, dit: bool = False
+) -> RunConfig:
     """A small model with every kind of layer, and steps that make every term of the loss count."""
-    return load_config(
-        ROOT / "configs/ledger.toml",
+    return load_any_config(
+        ROOT / "configs" / ("ledger_dit.toml" if dit else "ledger.toml"),
         [
-            f"data.cache_dir={directory / 'cache'}",
+            f"{'images' if dit else 'data'}.cache_dir={directory / 'cache'}",
             f"train.precision={dtype}",
             f"optim.muon.dtype={dtype}",
             *overrides,
@@ -144,15 +150,23 @@ def world_size_of(axes: dict[str, object]) -> int:
     return size
 
 
-def train(config: Config, directory: Path, num_steps: int, *, resume: bool) -> list[list[float]]:
+def train(config: RunConfig, directory: Path, num_steps: int, *, resume: bool) -> list[list[float]]:
     """Losses, gradient norms and the other numbers of the next steps; saves after them.
 
     Runs on every rank.
     """
     run = open_run(config, directory, torch.device("cpu"), resume=resume)
+    if config.model.is_image and not resume:
+        _stir(run)
     losses, norms, others = [], [], []
     for _ in range(num_steps):
-        pending = train_step(run.model, run.optimizers, run.next_microbatches(), config)
+        pending = train_step(
+            run.model,
+            run.optimizers,
+            run.next_microbatches(),
+            config,
+            after_update=run.follow_weights,
+        )
         result = pending.result()
         run.advance(result.num_tokens)
         losses.append(result.loss)
@@ -162,11 +176,26 @@ def train(config: Config, directory: Path, num_steps: int, *, resume: bool) -> l
     return [losses, norms, others]
 
 
+def _stir(run: Run) -> None:
+    """Move all weights away from where they start: a diffusion transformer's blocks begin as the
+    identity before a head of zeros, and would hardly take part in two steps."""
+    for name, parameter in run.model.named_parameters():
+        before = local_tensor(parameter).detach().clone()
+        fill_normal(parameter.data, 0.2, f"stir/{name}")
+        local_tensor(parameter).data.add_(before)
+
+
 def run_layout(
-    directory: Path, dtype: str, axes: dict[str, object], overrides: Iterable[str] = ()
+    directory: Path,
+    dtype: str,
+    axes: dict[str, object],
+    overrides: Iterable[str] = (),
+    *,
+    dit: bool = False,
 ) -> Outcome:
     """Two steps, a checkpoint, new processes, two steps more."""
-    config = ledger_config(directory.parent, dtype, [*axes_as_overrides(axes), *overrides])
+    overrides = [*axes_as_overrides(axes), *overrides]
+    config = ledger_config(directory.parent, dtype, overrides, dit=dit)
     create_run_directory(directory, config)
     world_size = world_size_of(axes)
 
@@ -180,7 +209,7 @@ def run_layout(
     return Outcome(*merged, directory=directory)
 
 
-def _leg(config: Config, directory: Path, resume: bool) -> list[list[float]]:
+def _leg(config: RunConfig, directory: Path, resume: bool) -> list[list[float]]:
     return train(config, directory, 2, resume=resume)
 
 
@@ -210,7 +239,7 @@ def compare(outcome: Outcome, single: Outcome) -> dict[str, float]:
 def _column(name: str) -> str | None:
     if name.endswith((".expert_bias", ".bias_momentum")):
         return "SMEBU state"
-    kinds = {"model.": "parameters", "optim.": "optimizer state"}
+    kinds = {"model.": "parameters", "ema.": "parameters", "optim.": "optimizer state"}
     return next((column for prefix, column in kinds.items() if name.startswith(prefix)), None)
 
 
@@ -242,14 +271,14 @@ def render(table: dict[str, dict[str, float]], dtype: str) -> list[str]:
 
 def axes_of(name: str) -> tuple[dict[str, object], list[str]]:
     """Axes and overrides of a row."""
-    return (LAYOUTS[name], []) if name in LAYOUTS else VARIANTS[name]
+    return VARIANTS[name] if name in VARIANTS else ({**LAYOUTS, **DIT}[name], [])
 
 
 def _save(table: dict[str, dict[str, float]], dtype: str) -> None:
     """Replace these rows; keep the others."""
     saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     known = saved.get(dtype, {}).get("rows", {}) | table
-    rows = {name: known[name] for name in (*LAYOUTS, *VARIANTS) if name in known}
+    rows = {name: known[name] for name in (*LAYOUTS, *VARIANTS, *DIT) if name in known}
     ranks = {name: world_size_of(axes_of(name)[0]) for name in rows}
     saved[dtype] = {"torch": torch.__version__, "ranks": ranks, "rows": rows}
     RESULTS.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
@@ -258,7 +287,7 @@ def _save(table: dict[str, dict[str, float]], dtype: str) -> None:
 def main() -> int:
     """Print the table; the exit status is the number of layouts with a wrong cell."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[*LAYOUTS, *VARIANTS], metavar="LAYOUT")
+    parser.add_argument("--only", nargs="*", default=[*LAYOUTS, *VARIANTS, *DIT], metavar="LAYOUT")
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="fp64")
     parser.add_argument("--save", action="store_true", help=f"keep the numbers in {RESULTS.name}")
     options = parser.parse_args()
@@ -270,12 +299,14 @@ def main() -> int:
         print("\n".join(render({}, options.dtype)))
         for number, name in enumerate(options.only):
             axes, overrides = axes_of(name)
-            key = tuple(overrides)
+            dit = name in DIT
+            key = ("dit" if dit else "lm", *overrides)
             if key not in singles:
                 singles[key] = run_layout(
-                    root / f"single{len(singles)}", options.dtype, {}, overrides
+                    root / f"single{len(singles)}", options.dtype, {}, overrides, dit=dit
                 )
-            outcome = run_layout(root / f"layout{number}", options.dtype, axes, overrides)
+            place = root / f"layout{number}"
+            outcome = run_layout(place, options.dtype, axes, overrides, dit=dit)
             table[name] = compare(outcome, singles[key])
             print(render({name: table[name]}, options.dtype)[-1], flush=True)
     if options.save:

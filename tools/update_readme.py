@@ -4,6 +4,7 @@ make train | tee tools/bench/results/make_train.txt
 python tools/bench/train_step.py --sequence 1024 --json tools/bench/results/train_step_1024.json
 python -m tools.ledger --save; python -m tools.ledger --save --dtype fp32
 python -m tools.plan_check --save; python -m tools.plan_memory --save
+python -m tools.dit_digits --save
 python tools/update_readme.py
 """
 
@@ -93,6 +94,30 @@ def planner_tables() -> str:
     return "\n".join(lines)
 
 
+def digits() -> str:
+    """What the digits transformer took to train, and how its samples were judged."""
+    run = json.loads((RESULTS / "dit_digits.json").read_text(encoding="utf-8"))
+    real = run["real_half"]
+    return "\n".join(
+        [
+            f"{run['steps']} steps in {run['cpu_minutes']:.1f} CPU minutes of one thread. A "
+            f"classifier trained on real digits alone ({run['classifier_held_out_accuracy']:.1%} "
+            f"right on held-out ones) recognises {run['class_accuracy']:.1%} of {run['samples']} "
+            "samples as what they were to be.",
+            "",
+            "| | Frechet distance | sliced Wasserstein |",
+            "| --- | --- | --- |",
+            f"| samples against real digits | {run['frechet_distance']:.2f} | "
+            f"{run['sliced_wasserstein']:.3f} |",
+            f"| one half of the real digits against the other | {real['frechet_distance']:.2f} | "
+            f"{real['sliced_wasserstein']:.3f} |",
+            "",
+            "`python -m tools.dit_digits --save` makes them again; distances are in the features of "
+            "that classifier, or in pixels.",
+        ]
+    )
+
+
 def main() -> None:
     """Replace every marked section."""
     path = ROOT / "README.md"
@@ -101,6 +126,7 @@ def main() -> None:
         ("make train", train_log()),
         ("ledger", parity_ledger()),
         ("planner", planner_tables()),
+        ("dit_digits", digits()),
         ("train_step", step_table()),
     )
     for name, section in sections:

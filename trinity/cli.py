@@ -47,7 +47,7 @@ def pretrain(
         bool, typer.Option("--auto-resume", help="continue the run in --run-dir if there is one")
     ] = False,
 ) -> None:
-    """Train a language model, or continue a run with --resume RUN_DIR.
+    """Train a language model or a diffusion transformer; continue with --resume RUN_DIR.
 
     Exit status: 0 finished, 75 saved and stopped by SIGTERM or SIGUSR1 (resume continues),
     2 configuration, 3 data, 4 checkpoint, 5 training error.
@@ -181,6 +181,66 @@ def generate(
     typer.echo()
 
 
+@app.command("sample-images")
+def sample_images(
+    path: Annotated[Path, typer.Argument(help="run on images", metavar="RUN_DIR")],
+    output: Annotated[Path, typer.Option(help="grid of pictures", metavar="FILE.png")] = Path(
+        "samples.png"
+    ),
+    classes: Annotated[
+        str | None, typer.Option(help="such as 0,1,2; the columns of the grid; default: all")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="pictures of each class")] = None,
+    num_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun or ancestral")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="1: none")] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(min=1, help="patches of so many base patches a side, in every step"),
+    ] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="threshold for larger patches, step by step; 0: never"),
+    ] = None,
+    calibrate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="find tau so that about this share of the steps are coarse"
+        ),
+    ] = None,
+    ema: Annotated[bool, typer.Option(help="the averaged weights, where there are any")] = True,
+    seed: int = 0,
+    save: Annotated[
+        Path | None, typer.Option(help="also write the samples as safetensors", metavar="FILE")
+    ] = None,
+    device: str = "auto",
+) -> None:
+    """Draw pictures from the newest checkpoint of a run and write them as one grid.
+
+    What is not given is as the run's [samples] table says.
+    """
+    from trinity.train.sample_images import sample_images_command
+
+    sample_images_command(
+        path,
+        output,
+        classes=classes,
+        overrides={
+            "rows": rows,
+            "num_steps": num_steps,
+            "solver": solver,
+            "guidance": guidance,
+            "tau": tau,
+        },
+        scale=scale,
+        ema=ema,
+        seed=seed,
+        save=save,
+        calibrate=calibrate,
+        device=device,
+    )
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="run or Hugging Face directory", metavar="FROM")],
@@ -206,10 +266,10 @@ def convert(
 @app.command()
 def params(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print total and active parameters of a configuration, without allocating the model."""
-    from trinity.core.load_config import load_config
-    from trinity.models.lm import parameter_counts
+    from trinity.core.load_config import load_any_config
+    from trinity.models.build import parameter_counts
 
-    for name, count in parameter_counts(load_config(config, overrides or []).model).items():
+    for name, count in parameter_counts(load_any_config(config, overrides or []).model).items():
         typer.echo(f"{name:<16}{count:>20,}")
 
 
@@ -223,11 +283,11 @@ def doctor() -> None:
 
 @data_app.command("build")
 def data_build(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Tokenize the sources of a configuration into cached token shards and describe them."""
-    from trinity.core.load_config import load_config
+    """Build what a configuration trains on, token shards or an index of images; describe it."""
+    from trinity.core.load_config import load_any_config
     from trinity.train.command import describe_data
 
-    describe_data(load_config(config, overrides or []))
+    describe_data(load_any_config(config, overrides or []))
 
 
 @data_app.command("show-step")

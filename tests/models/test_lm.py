@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import trinity.models.backbone
 from trinity.core.config import ModelConfig
 from trinity.core.load_config import load_config
-from trinity.models.lm import LanguageModel, LMLoss, parameter_counts
+from trinity.models.lm import LanguageModel, parameter_counts
+from trinity.models.staged import LossSums
 from trinity.nn.moe import MoE
 from trinity.parallel.recompute import apply_recompute
 
@@ -200,7 +201,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits() -> None:
     lse_T = torch.logsumexp(logits_TV, -1)
     cross_entropy = (lse_T - logits_TV.gather(1, valid_T[:, None])[:, 0]).sum()
     z = lse_T.square().sum()
-    torch.testing.assert_close(loss.cross_entropy, cross_entropy.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.error, cross_entropy.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(loss.z, z.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(loss.total, cross_entropy + 0.1 * z, rtol=1e-12, atol=0)
 
@@ -238,7 +239,7 @@ def _recomputing(mode: str, dtype: torch.dtype, *, gpu_ops: bool = False) -> Lan
     return model.to(dtype)
 
 
-def _loss(model: LanguageModel, shift: int = 1, *, autocast: bool = False) -> LMLoss:
+def _loss(model: LanguageModel, shift: int = 1, *, autocast: bool = False) -> LossSums:
     tokens_BS = (torch.arange(42).view(2, 21) * 13 + shift * 7) % 97
     ids_BS = torch.zeros(2, 21, dtype=torch.int32)
     ids_BS[0, 9:], ids_BS[1, 3:] = 1, 1

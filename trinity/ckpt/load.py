@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from trinity.ckpt.hf import import_hf
 from trinity.ckpt.store import latest_checkpoint, load_tensors
 from trinity.core.errors import CheckpointError
-from trinity.core.load_config import load_config
+from trinity.core.load_config import load_config, load_image_config
 from trinity.core.run_files import CONFIG_FILE
 from trinity.data.tokenizer import Tokenizer, load_tokenizer
+from trinity.models.dit import DiffusionTransformer
 from trinity.models.lm import LanguageModel
+from trinity.models.staged import StagedModel
 
+Model = TypeVar("Model", bound=StagedModel)
 HF_CONFIG = "config.json"
+MODEL_PREFIX, AVERAGE_PREFIX = "model.", "ema."
+"""Of names in a run's checkpoint."""
 RUN_TOKENIZER = "tokenizer"
 
 
@@ -37,13 +43,27 @@ def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
 
 
 def load_run_model(run_dir: Path) -> LanguageModel:
-    """The model of a run at its newest good checkpoint."""
-    config = load_config(run_dir / CONFIG_FILE)
-    model = LanguageModel.on_meta(config.model).to_empty(device="cpu")
-    names = [f"model.{name}" for name in model.state_dict()]
+    """The language model of a run at its newest good checkpoint."""
+    model = LanguageModel.on_meta(load_config(run_dir / CONFIG_FILE).model)
+    return _filled(model.to_empty(device="cpu"), run_dir, MODEL_PREFIX)
+
+
+def load_run_dit(run_dir: Path, *, average: bool) -> DiffusionTransformer:
+    """The diffusion transformer of a run at its newest good checkpoint.
+
+    ``average`` takes the averaged weights, if the run keeps any.
+    """
+    config = load_image_config(run_dir / CONFIG_FILE)
+    model = DiffusionTransformer.on_meta(config.model).to_empty(device="cpu")
+    has_average = average and config.ema.decay > 0
+    return _filled(model, run_dir, AVERAGE_PREFIX if has_average else MODEL_PREFIX)
+
+
+def _filled(model: Model, run_dir: Path, prefix: str) -> Model:
+    names = [f"{prefix}{name}" for name in model.state_dict()]
     tensors = load_tensors(usable_checkpoint(run_dir), names)
     for name, tensor in model.state_dict().items():
-        stored = tensors[f"model.{name}"]
+        stored = tensors[f"{prefix}{name}"]
         if stored.shape != tensor.shape:
             raise CheckpointError(
                 f"{run_dir}: {name} has shape {tuple(stored.shape)} in the checkpoint but "

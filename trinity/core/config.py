@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from trinity.core.model_config import LinearConfig as LinearConfig
 from trinity.core.model_config import Mamba2Config as Mamba2Config
-from trinity.core.model_config import ModelConfig
+from trinity.core.model_config import BackboneConfig, ModelConfig
 from trinity.core.stability_config import LogConfig as LogConfig
 from trinity.core.stability_config import RewindConfig as RewindConfig
 from trinity.core.stability_config import StabilityConfig as StabilityConfig
@@ -296,25 +296,61 @@ class CheckpointConfig(Table):
         return self
 
 
-class Config(Table):
-    """A whole run."""
+class EmaConfig(Table):
+    """An exponential moving average of the weights, kept beside them for sampling."""
+
+    decay: Momentum = Field(default=0.0, description="per step, in the long run; 0: no average")
+    warmup: bool = Field(
+        default=True, description="decay (1 + step) / (10 + step) while that is less"
+    )
+
+
+class RunConfig(Table):
+    """What every run has, whatever it trains."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     seed: NonNegative = 0
     output_dir: str = "runs"
-    model: ModelConfig
+    model: BackboneConfig
     batch: BatchConfig
-    data: DataConfig
     train: TrainConfig
     balance: BalanceConfig = BalanceConfig()
-    loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     stability: StabilityConfig = StabilityConfig()
     rewind: RewindConfig = RewindConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.schedule.warmup_steps + self.schedule.decay_steps > self.train.num_steps:
+            raise ValueError(
+                f"schedule.warmup_steps + decay_steps = "
+                f"{self.schedule.warmup_steps + self.schedule.decay_steps} exceed "
+                f"train.num_steps={self.train.num_steps}; shorten them"
+            )
+        return self
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether tokens of a row are kept from seeing other documents, or images."""
+        return True
+
+    def sha256(self) -> str:
+        """Hash of the effective configuration, independent of key order and file layout."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class Config(RunConfig):
+    """A run that trains a language model."""
+
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -324,15 +360,9 @@ class Config(Table):
                 f"data.tokenizer.vocab_size={wanted} exceeds model.vocab_size="
                 f"{self.model.vocab_size}; raise the latter or lower the former"
             )
-        if self.schedule.warmup_steps + self.schedule.decay_steps > self.train.num_steps:
-            raise ValueError(
-                f"schedule.warmup_steps + decay_steps = "
-                f"{self.schedule.warmup_steps + self.schedule.decay_steps} exceed "
-                f"train.num_steps={self.train.num_steps}; shorten them"
-            )
         return self
 
-    def sha256(self) -> str:
-        """Hash of the effective configuration, independent of key order and file layout."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+    @property
+    def masks_documents(self) -> bool:
+        """As ``data.mask_documents`` says."""
+        return self.data.mask_documents

@@ -25,6 +25,7 @@ class Instrument(Table):
     title: str
     unit: str
     record: Literal["train", "instruments", "validation", "clock"]
+    runs: Literal["all", "text", "images"] = "all"
     key: str
     alarm: Rule
     level: float = 0.0
@@ -49,6 +50,10 @@ class Instrument(Table):
         }
         row = f", {self.records} records in a row" if self.records > 1 else ""
         return words[self.alarm] + row
+
+    def describe_runs(self) -> str:
+        """Which runs alone have it, such as ", runs on images"; nothing for all."""
+        return "" if self.runs == "all" else f", runs on {self.runs}"
 
 
 @functools.cache

@@ -11,11 +11,15 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from trinity.core.config import Config
+from trinity.core.config import Config, RunConfig
 from trinity.core.errors import ConfigError
+from trinity.core.image_run_config import ImageRunConfig
+
+IMAGES = "images"
+"""The table that a run on images has, and no other."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read ``path``, apply ``extends`` and then ``overrides`` such as ``optim.muon.lr=2e-3``.
 
     Values of overrides are TOML; what is not valid TOML is taken as a string.
@@ -28,15 +32,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validate_config(values, origin=str(path))
 
 
-def validate_config(values: Mapping[str, Any], *, origin: str) -> Config:
-    """Turn plain values into a Config; ``origin`` is the file named in error messages."""
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The same for a run that trains a language model; ConfigError for one on images."""
+    config = load_any_config(path, overrides)
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: [images] trains no language model, which is asked for here")
+    return config
+
+
+def load_image_config(path: str | Path, overrides: Sequence[str] = ()) -> ImageRunConfig:
+    """The same for a run that trains on images; ConfigError for a language model."""
+    config = load_any_config(path, overrides)
+    if not isinstance(config, ImageRunConfig):
+        raise ConfigError(f"{path}: without [images], it trains no diffusion transformer")
+    return config
+
+
+def validate_config(values: Mapping[str, Any], *, origin: str) -> RunConfig:
+    """Turn plain values into a configuration: with ``[images]``, of a diffusion transformer.
+
+    ``origin`` is the file named in error messages.
+    """
+    kind = ImageRunConfig if IMAGES in values else Config
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origin)) from None
+        raise ConfigError(_explain(error, origin, kind)) from None
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: RunConfig) -> str:
     """The effective configuration as TOML; :func:`load_config` reads it back to an equal one."""
     return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
 
@@ -111,12 +135,12 @@ def _index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _explain(error: ValidationError, origin: str) -> str:
+def _explain(error: ValidationError, origin: str, kind: type[RunConfig]) -> str:
     lines = []
     for detail in error.errors(include_url=False):
         key = ".".join(str(part) for part in detail["loc"]) or "(top level)"
         if detail["type"] == "extra_forbidden":
-            near = _nearest(detail["loc"])
+            near = _nearest(detail["loc"], kind)
             hint = f"; did you mean `{near}`?" if near else ""
             lines.append(f"{origin}: unknown key `{key}`{hint}")
         elif detail["type"] == "missing":
@@ -129,9 +153,9 @@ def _explain(error: ValidationError, origin: str) -> str:
     return "\n".join(lines)
 
 
-def _nearest(location: tuple[int | str, ...]) -> str | None:
+def _nearest(location: tuple[int | str, ...], kind: type[RunConfig]) -> str | None:
     """The valid key that resembles the unknown one most, with its full dotted name."""
-    table: type[BaseModel] = Config
+    table: type[BaseModel] = kind
     for part in location[:-1]:
         if isinstance(part, int):
             continue

@@ -5,7 +5,7 @@ where one exists, so that a key means the same in both places.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -90,10 +90,12 @@ class LinearConfig(Table):
         return LinearOptions(**{k: preset[k] if v is None else v for k, v in own.items()})
 
 
-class ModelConfig(Table):
-    """Shape of a language model of the AFMoE family (Trinity technical report, table 1)."""
+class BackboneConfig(Table):
+    """Shape of the stack of blocks (Trinity technical report, table 1)."""
 
-    vocab_size: Positive = Field(description="rows of the embedding and of the head")
+    is_image: ClassVar[bool] = False
+    """Whether tokens are patches of images, which see what comes after them too."""
+
     hidden_size: Positive = Field(description="model width D")
     num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     num_dense_layers: NonNegative = Field(
@@ -127,8 +129,6 @@ class ModelConfig(Table):
     linear: LinearConfig = LinearConfig()
     rope_theta: PositiveFloat = 10_000.0
     rms_norm_eps: PositiveFloat = 1e-5
-    mup_enabled: bool = Field(default=True, description="scale the embedding by sqrt(D)")
-    max_position_embeddings: Positive = 131_072
     init_std: PositiveFloat | None = Field(default=None, description="None means 0.5 / sqrt(D)")
 
     @model_validator(mode="before")
@@ -256,3 +256,11 @@ class ModelConfig(Table):
         """Query heads and key/value heads of a layer of the simplified family."""
         heads = self.linear.num_heads or self.hidden_size // self.linear.head_dim
         return heads, self.linear.num_kv_heads or heads
+
+
+class ModelConfig(BackboneConfig):
+    """Shape of a language model of the AFMoE family."""
+
+    vocab_size: Positive = Field(description="rows of the embedding and of the head")
+    mup_enabled: bool = Field(default=True, description="scale the embedding by sqrt(D)")
+    max_position_embeddings: Positive = 131_072

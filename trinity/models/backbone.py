@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trinity.core.config import ModelConfig
+from trinity.core.dit_config import DiTConfig
+from trinity.core.model_config import BackboneConfig
 from trinity.nn.block import Block, LayerCache
+from trinity.nn.modulation import Conditioning
 from trinity.nn.norm import RMSNorm
 from trinity.nn.rope import rope_tables
 
@@ -19,7 +21,8 @@ class BackboneOutput(NamedTuple):
 
     hidden_BSD: Tensor
     load_LE: Tensor
-    """Tokens per expert for each layer with experts that is here, int64; (0, E) without any."""
+    """Tokens per expert for each layer with experts that is here, int64; (0, E) without any. With a
+    conditioning (L, buckets, E): those of each range of noise levels."""
     balance_loss: Tensor
     """Sequence-wise balance loss summed over rows and layers, fp32 scalar."""
 
@@ -31,6 +34,17 @@ class RowPart(NamedTuple):
     """This process holds the index-th of equal consecutive parts of the row (context parallel)."""
     stream_split: int = 1
     """Ways in which that part is split again between the matrices (sequence parallel)."""
+    stream_index: int = 0
+    """Which of these this process holds."""
+
+    def own(self, x: Tensor, num_positions: int) -> Tensor:
+        """What belongs to the ``num_positions`` of this process of something (B, S, ...) that
+        covers the whole rows, or is one for all positions."""
+        if x.shape[1] == 1:
+            return x
+        return x.narrow(
+            1, (self.index * self.stream_split + self.stream_index) * num_positions, num_positions
+        )
 
 
 class Backbone(nn.Module):
@@ -42,7 +56,7 @@ class Backbone(nn.Module):
 
     norm: RMSNorm | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleDict(
@@ -67,16 +81,35 @@ class Backbone(nn.Module):
             x_BSD.device,
             start=first_position + self.row_part.index * num_positions,
         )
+        return self.run(x_BSD, rope, document_ids_BS, caches=caches)
+
+    def run(
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        document_ids_BS: Tensor | None,
+        *,
+        caches: Sequence[LayerCache] | None = None,
+        conditioning: Conditioning | None = None,
+    ) -> BackboneOutput:
+        """Run all layers, with the tables of the positions given."""
         loads: list[Tensor] = []
         balance_losses: list[Tensor] = []
         for name, layer in self.layers.items():
             cache = None if caches is None else caches[int(name)]
-            x_BSD, load_E, balance_loss = layer(x_BSD, rope, document_ids_BS, cache)
+            x_BSD, load_E, balance_loss = layer(x_BSD, rope, document_ids_BS, cache, conditioning)
             if load_E is not None:
                 loads.append(load_E)
                 balance_losses.append(balance_loss)
         hidden_BSD = x_BSD if self.norm is None else self.norm(x_BSD)
         if not loads:
-            empty = torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=x_BSD.device)
+            shape = (0, *load_shape(self.config))
+            empty = torch.zeros(shape, dtype=torch.int64, device=x_BSD.device)
             return BackboneOutput(hidden_BSD, empty, torch.zeros((), device=x_BSD.device))
         return BackboneOutput(hidden_BSD, torch.stack(loads), torch.stack(balance_losses).sum())
+
+
+def load_shape(config: BackboneConfig) -> tuple[int, ...]:
+    """Shape of one layer's load: (E,), or (buckets, E) where noise levels are told apart."""
+    buckets = (config.load_buckets,) if isinstance(config, DiTConfig) else ()
+    return (*buckets, config.num_experts)

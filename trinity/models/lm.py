@@ -2,65 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from trinity.core.config import ModelConfig
+from trinity.core.config import Config
+from trinity.core.model_config import ModelConfig
 from trinity.models.backbone import Backbone, BackboneOutput
+from trinity.models.staged import LossSums, StagedModel
 from trinity.nn.block import LayerCache
 from trinity.nn.head import VocabularyHead
-from trinity.nn.init import initialize
-from trinity.nn.moe import MoE
 
 
-class LMLoss(NamedTuple):
-    """Sums over one microbatch, to be divided by the counts of the whole step."""
-
-    total: Tensor
-    """Cross-entropy + z_loss * z, summed over valid tokens; carries the gradient."""
-    cross_entropy: Tensor
-    """Summed negative log-likelihood of the valid tokens, nats, detached."""
-    z: Tensor
-    """Summed squared logsumexp of the valid tokens, detached."""
-    balance_loss: Tensor
-    """Sequence-wise balance loss summed over rows and layers; carries a gradient."""
-    load_LE: Tensor
-    """Tokens per expert of every layer with experts, int64."""
-
-
-class LanguageModel(nn.Module):
+class LanguageModel(StagedModel):
     """A causal language model of the AFMoE family (Trinity Nano, Mini, Large).
 
     A pipeline stage lacks the parts of other stages: ``embed_tokens`` or ``lm_head`` is None there.
     """
 
+    FIRST = ("embed_tokens",)
+    LAST = ("lm_head",)
+    loss_is_whole = True
+    config: ModelConfig
     embed_tokens: nn.Embedding | None
     lm_head: VocabularyHead | None
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.backbone = Backbone(config)
         self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size)
-
-    @classmethod
-    def on_meta(cls, config: ModelConfig) -> LanguageModel:
-        """The model's shapes without its memory, for counting and planning."""
-        with torch.device("meta"):
-            return cls(config)
-
-    @classmethod
-    def initialized(cls, config: ModelConfig, *, seed: int) -> LanguageModel:
-        """A model with the initial weights that ``seed`` determines, on the CPU in fp32."""
-        model = cls.on_meta(config).to_empty(device="cpu")
-        initialize(
-            model, weight_std=config.weight_std, num_layers=config.num_hidden_layers, seed=seed
-        )
-        return model
 
     def forward(self, tokens_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
         """Logits (B, S, V) for tokens (B, S), int64.
@@ -92,6 +64,25 @@ class LanguageModel(nn.Module):
             x_BSD = x_BSD.to(torch.get_autocast_dtype(x_BSD.device.type))
         return x_BSD
 
+    def enter(self, x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """Embedded tokens."""
+        return self.embed(x)
+
+    def run_blocks(self, x_BSD: Tensor, given: Mapping[str, Tensor]) -> BackboneOutput:
+        """The stream after the blocks that are here."""
+        return self.backbone(x_BSD, given.get("document_ids_BS"))
+
+    def objective(
+        self, out: BackboneOutput, given: Mapping[str, Tensor], config: Config
+    ) -> LossSums:
+        """Cross-entropy and z loss."""
+        return self.loss_sums(
+            out,
+            given["targets_BS"],
+            z_loss=config.loss.z_loss,
+            chunk_rows=config.loss.chunk_rows,
+        )
+
     def loss(
         self,
         tokens_BS: Tensor,
@@ -100,14 +91,14 @@ class LanguageModel(nn.Module):
         *,
         z_loss: float = 0.0,
         chunk_rows: int = 256,
-    ) -> LMLoss:
+    ) -> LossSums:
         """Loss sums of a microbatch, never forming all logits; targets of -100 do not count."""
         out = self.hidden(tokens_BS, document_ids_BS)
         return self.loss_sums(out, targets_BS, z_loss=z_loss, chunk_rows=chunk_rows)
 
     def loss_sums(
         self, out: BackboneOutput, targets_BS: Tensor, *, z_loss: float, chunk_rows: int
-    ) -> LMLoss:
+    ) -> LossSums:
         """The head and the loss, given what the backbone returned."""
         assert self.lm_head is not None
         vocab = self.lm_head(
@@ -116,13 +107,7 @@ class LanguageModel(nn.Module):
             z_loss=z_loss,
             chunk_rows=chunk_rows,
         )
-        return LMLoss(vocab.total, vocab.cross_entropy, vocab.z, out.balance_loss, out.load_LE)
-
-    def moe_layers(self) -> Iterator[MoE]:
-        """The layers with experts that are here, in the order of ``load_LE``."""
-        for module in self.backbone.layers.values():
-            if isinstance(module.ffn, MoE):
-                yield module.ffn
+        return LossSums(vocab.total, vocab.cross_entropy, vocab.z, out.balance_loss, out.load_LE)
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:

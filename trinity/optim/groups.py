@@ -26,6 +26,12 @@ VECTOR = "vector"
 KINDS: tuple[tuple[str, str], ...] = (
     ("*norm.weight", VECTOR),
     ("embed_tokens.weight", TABLE_LIKE),
+    ("patch_embed.*", TABLE_LIKE),
+    ("patch_head.*", TABLE_LIKE),
+    ("condition.*", TABLE_LIKE),
+    ("*.adaln.modulation", VECTOR),
+    ("*.router.time_weight", VECTOR),
+    ("*.mixer.reverse.*", VECTOR),
     ("lm_head.weight", TABLE_LIKE),
     ("*_conv.*", VECTOR),
     ("*.mixer.rates.*", VECTOR),

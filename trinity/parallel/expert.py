@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from trinity.models.lm import LanguageModel
+from trinity.models.staged import StagedModel
 from trinity.nn.feedforward import GroupedExperts
 from trinity.parallel.collectives import RowsInFlight, exchange_rows
 from trinity.parallel.deep_ep import DeepEPDispatcher
@@ -88,7 +88,7 @@ def local_expert(arriving_NE: Tensor, num_rows: int) -> Tensor:
 DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deep_ep": DeepEPDispatcher}
 
 
-def shard_experts(model: LanguageModel, mesh: DeviceMesh, dispatcher: str) -> None:
+def shard_experts(model: StagedModel, mesh: DeviceMesh, dispatcher: str) -> None:
     """Leave on each rank of ``mesh`` its block of every layer's experts; tokens will travel.
 
     ``dispatcher`` is a key of ``DISPATCHERS``; raises ConfigError when its package is missing.

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trinity.core.config import Config, ParallelConfig
+from trinity.core.config import ParallelConfig, RunConfig
 from trinity.core.errors import ConfigError
-from trinity.core.model_config import PRESETS, ModelConfig
+from trinity.core.model_config import PRESETS, BackboneConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def layout_for(config: ParallelConfig, world_size: int) -> Layout:
     return layout
 
 
-def check_layout(config: Config, layout: Layout) -> None:
+def check_layout(config: RunConfig, layout: Layout) -> None:
     """Refuse what cannot be divided, with the remedy, before anything is built.
 
     Raises ConfigError.
@@ -165,12 +165,11 @@ def check_layout(config: Config, layout: Layout) -> None:
         )
 
 
-def _cut_over_tp(model: ModelConfig) -> dict[str, int]:
+def _cut_over_tp(model: BackboneConfig) -> dict[str, int]:
     """What tensor parallelism divides, of the layers that there are."""
-    divided = {
-        "vocab_size": model.vocab_size,
-        "intermediate_size": model.intermediate_size,
-    }
+    divided = {"intermediate_size": model.intermediate_size}
+    if isinstance(model, ModelConfig):
+        divided["vocab_size"] = model.vocab_size
     kinds = set(model.layer_types)
     if kinds & {"sliding_attention", "full_attention"}:
         divided["num_attention_heads"] = model.num_attention_heads
@@ -185,7 +184,7 @@ def _cut_over_tp(model: ModelConfig) -> dict[str, int]:
     return divided
 
 
-def _check_convolutions(model: ModelConfig, part: int) -> None:
+def _check_convolutions(model: BackboneConfig, part: int) -> None:
     """A convolution may read back into the part before, not beyond it."""
     kinds = set(model.layer_types)
     widths = {"mamba2.conv_width": model.mamba2.conv_width if "mamba2" in kinds else 1}
@@ -210,7 +209,7 @@ def expert_shard_dim(num_local_experts: int, expert_width: int, shards: int) -> 
     return -2 if expert_width % shards == 0 else None
 
 
-def _check_expert_shards(config: Config, layout: Layout) -> None:
+def _check_expert_shards(config: RunConfig, layout: Layout) -> None:
     local = config.model.num_experts // layout.ep
     width = config.model.moe_intermediate_size
     if expert_shard_dim(local, width, layout.expert_fsdp) is None:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from trinity.core.batch import Batch
-from trinity.core.config import Config
-from trinity.models.lm import LanguageModel
+from trinity.core.batch import AnyBatch
+from trinity.core.config import RunConfig
+from trinity.models.staged import StagedModel
 from trinity.nn.moe import MoE
 from trinity.parallel.mesh import Layout, Meshes
 from trinity.parallel.pipeline import Pipeline
@@ -23,7 +23,7 @@ class ParallelModel:
     """The stages of this rank and the meshes they live on; ``meshes`` is None for one process."""
 
     def __init__(
-        self, stages: list[Stage], config: Config, meshes: Meshes | None, device: torch.device
+        self, stages: list[Stage], config: RunConfig, meshes: Meshes | None, device: torch.device
     ) -> None:
         self.stages = stages
         self.config = config
@@ -33,18 +33,18 @@ class ParallelModel:
         self.pipeline = Pipeline(stages, config, meshes, device)
 
     @classmethod
-    def build(cls, config: Config, meshes: Meshes | None, device: torch.device) -> ParallelModel:
+    def build(cls, config: RunConfig, meshes: Meshes | None, device: torch.device) -> ParallelModel:
         """This rank's part of the initial model that the configuration's seed determines."""
         return cls(build_stages(config, meshes, device), config, meshes, device)
 
     @classmethod
-    def whole(cls, model: LanguageModel, config: Config) -> ParallelModel:
+    def whole(cls, model: StagedModel, config: RunConfig) -> ParallelModel:
         """A model that is all on this process, as it is."""
         device = next(model.parameters()).device
         return cls([Stage(model, config, index=0, num_stages=1)], config, None, device)
 
     @property
-    def language_model(self) -> LanguageModel | None:
+    def whole_model(self) -> StagedModel | None:
         """The whole model where it is whole on this process."""
         return self.stages[0].model if self.meshes is None else None
 
@@ -77,15 +77,13 @@ class ParallelModel:
                 if isinstance(block.ffn, MoE):
                     yield self.config.model.moe_layers.index(int(name)), block.ffn
 
-    def local_batch(self, batch: Batch) -> Batch:
+    def local_batch(self, batch: AnyBatch) -> AnyBatch:
         """The rank's part of the rows of a batch, on its device."""
-        tokens_BS, targets_BS, ids_BS = (field.to(self.device) for field in batch)
-        if self.layout.cp > 1:
-            assert self.meshes is not None
-            part = self.meshes.at.cp
-            tokens_BS = tokens_BS.chunk(self.layout.cp, 1)[part].contiguous()
-            targets_BS = targets_BS.chunk(self.layout.cp, 1)[part].contiguous()
-        return Batch(tokens_BS, targets_BS, ids_BS)
+        moved = type(batch)(*(field.to(self.device) for field in batch))
+        if self.layout.cp == 1:
+            return moved
+        assert self.meshes is not None
+        return moved.part_of_rows(self.meshes.at.cp, self.layout.cp)
 
     def add_up(self, values: Tensor) -> Tensor:
         """Sum over all ranks."""
@@ -106,13 +104,12 @@ class ParallelModel:
         return self.meshes.group_along(axes)
 
 
-def own_share(batches: Sequence[Batch], rank: int, num_ranks: int) -> list[Batch]:
+def own_share(batches: Sequence[AnyBatch], rank: int, num_ranks: int) -> list[AnyBatch]:
     """Every ``num_ranks``-th batch; ranks get equally many, some perhaps with nothing to predict.
 
     Collectives inside the model need every rank to make the same calls.
     """
     share = list(batches[rank::num_ranks])
     if len(share) < -(-len(batches) // num_ranks):
-        last = batches[-1]
-        share.append(last._replace(targets_BS=torch.full_like(last.targets_BS, -100)))
+        share.append(batches[-1].without_targets())
     return share

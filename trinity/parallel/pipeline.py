@@ -10,8 +10,8 @@ import torch.distributed.pipelining as pipelining
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from trinity.core.batch import Batch
-from trinity.core.config import Config
+from trinity.core.batch import AnyBatch, FlowBatch
+from trinity.core.config import RunConfig
 from trinity.core.runtime import compute_dtype
 from trinity.parallel.mesh import Meshes
 from trinity.parallel.stage import Stage, StepCounts
@@ -28,7 +28,7 @@ class Pipeline:
     """All stages of this rank, and how microbatches pass through them."""
 
     def __init__(
-        self, stages: list[Stage], config: Config, meshes: Meshes | None, device: torch.device
+        self, stages: list[Stage], config: RunConfig, meshes: Meshes | None, device: torch.device
     ) -> None:
         self.stages = stages
         self.config = config
@@ -41,7 +41,7 @@ class Pipeline:
         """Ranks that the layers are spread over."""
         return self.meshes.layout.pp if self.meshes is not None else 1
 
-    def forward_backward(self, microbatches: Sequence[Batch], counts: StepCounts) -> None:
+    def forward_backward(self, microbatches: Sequence[AnyBatch], counts: StepCounts) -> None:
         """Accumulate the gradients of all microbatches; losses are with the stages after."""
         for stage in self.stages:
             stage.counts = counts
@@ -55,7 +55,7 @@ class Pipeline:
         (stage,) = self.stages
         for number, batch in enumerate(microbatches):
             self._mark(stage, is_last=number + 1 == len(microbatches))
-            stage(batch.tokens_BS, batch.targets_BS, batch.document_ids_BS).backward()
+            stage(batch[0], **_given(batch)).backward()
 
     def _mark(self, stage: Stage, *, is_last: bool) -> None:
         """Where memory allows it, gather parameters and reduce gradients once per step only."""
@@ -65,7 +65,7 @@ class Pipeline:
             stage.set_requires_gradient_sync(is_last)
 
     @torch.no_grad()
-    def forward(self, microbatches: Sequence[Batch]) -> None:
+    def forward(self, microbatches: Sequence[AnyBatch]) -> None:
         """Losses only; they are with the stages after."""
         if self.num_ranks > 1:
             # A pipeline must be full: the last microbatch again, whose extra losses are dropped.
@@ -79,29 +79,27 @@ class Pipeline:
             return
         (stage,) = self.stages
         for batch in microbatches:
-            stage(batch.tokens_BS, batch.targets_BS, batch.document_ids_BS)
+            stage(batch[0], **_given(batch))
 
     def _num_stages(self) -> int:
         return self.stages[0].num_stages
 
-    def _inputs(self, microbatches: Sequence[Batch]) -> tuple[Tensor, ...]:
+    def _inputs(self, microbatches: Sequence[AnyBatch]) -> tuple[Tensor, ...]:
         if self.stages[0].index > 0:
             return ()
-        return (torch.cat([batch.tokens_BS for batch in microbatches]),)
+        return (torch.cat([batch[0] for batch in microbatches]),)
 
-    def _keywords(self, microbatches: Sequence[Batch]) -> dict[str, Any]:
+    def _keywords(self, microbatches: Sequence[AnyBatch]) -> dict[str, Any]:
         """What every stage is given by its own rank, cut into microbatches by the schedule."""
-        return {
-            "document_ids_BS": torch.cat([b.document_ids_BS for b in microbatches]),
-            "targets_BS": torch.cat([b.targets_BS for b in microbatches]),
-        }
+        given = [_given(batch) for batch in microbatches]
+        return {name: torch.cat([fields[name] for fields in given]) for name in given[0]}
 
-    def _target(self, microbatches: Sequence[Batch]) -> Tensor | None:
+    def _target(self, microbatches: Sequence[AnyBatch]) -> Tensor | None:
         """The schedule wants one where the last stage is, although the stage has its own."""
         is_last = any(stage.is_last for stage in self.stages)
         return torch.zeros(len(microbatches)) if is_last else None
 
-    def _schedule(self, microbatches: Sequence[Batch]) -> pipelining.schedules._PipelineSchedule:
+    def _schedule(self, microbatches: Sequence[AnyBatch]) -> pipelining.schedules._PipelineSchedule:
         """The schedule for this many microbatches; a batch-size ramp needs a few."""
         num = len(microbatches)
         if num not in self._schedules:
@@ -116,32 +114,38 @@ class Pipeline:
             )
         return self._schedules[num]
 
-    def _pipeline_stage(self, stage: Stage, batch: Batch) -> pipelining.PipelineStage:
+    def _pipeline_stage(self, stage: Stage, batch: AnyBatch) -> pipelining.PipelineStage:
         """With shapes given: inferring them would run the stage once more."""
         assert self.meshes is not None
         model = self.config.model
-        rows, positions = batch.tokens_BS.shape
+        rows, positions = batch[0].shape[:2]
         split = stage.model.backbone.row_part.stream_split
+        num_images = batch.sigma_BN.shape[1] if isinstance(batch, FlowBatch) else 0
         dtype = compute_dtype(self.config.train.precision)
         hidden = torch.empty(
             rows,
-            positions // split,
+            positions // split + stage.model.num_extra_positions(num_images),
             model.hidden_size,
             dtype=dtype,
             device="meta",
             requires_grad=True,
         )
-        tokens = torch.empty(rows, positions, dtype=torch.int64, device="meta")
+        taken_in = torch.empty_like(batch[0], device="meta")
         objective = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta")
         return pipelining.PipelineStage(
             stage,
             stage.index,
             stage.num_stages,
             self.device,
-            input_args=tokens if stage.index == 0 else hidden,
+            input_args=taken_in if stage.index == 0 else hidden,
             output_args=objective.requires_grad_() if stage.is_last else hidden,
             group=self.meshes.dense["pp"].get_group(),
         )
+
+
+def _given(batch: AnyBatch) -> dict[str, Tensor]:
+    """What every stage knows of a batch."""
+    return dict(zip(batch._fields[1:], batch[1:], strict=True))
 
 
 def _objective(output: Tensor, _target: Tensor) -> Tensor:

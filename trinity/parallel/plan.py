@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from trinity.core.config import Config
+from trinity.core.config import RunConfig
 from trinity.models.backbone import RowPart
-from trinity.models.lm import LanguageModel
+from trinity.models.build import model_on_meta
+from trinity.models.staged import StagedModel
 from trinity.nn.block import Block
-from trinity.nn.init import initialize
 from trinity.nn.mamba2 import Skip
 from trinity.nn.moe import MoE, RowSum
+from trinity.nn.modulation import Modulation
 from trinity.nn.norm import RMSNorm
+from trinity.nn.patch_ends import ImageCondition
 from trinity.nn.rates import Rates
 from trinity.nn.router import SigmoidRouter
 from trinity.parallel.context import share_rows
@@ -34,10 +36,12 @@ from trinity.parallel.recompute import apply_recompute
 from trinity.parallel.stage import Stage, keep_stage, stages_of_rank
 from trinity.parallel.tensor import shard_tensors
 
+KEPT_EXACT = (RMSNorm, SigmoidRouter, Rates, Skip, Modulation)
+"""Their parameters are used in fp32 in any precision."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def build_stages(config: Config, meshes: Meshes | None, device: torch.device) -> list[Stage]:
+def build_stages(config: RunConfig, meshes: Meshes | None, device: torch.device) -> list[Stage]:
     """The parts of the model that this rank trains, with their initial values.
 
     ``meshes`` is None without a process group: the whole model, nothing cut.
@@ -45,16 +49,11 @@ def build_stages(config: Config, meshes: Meshes | None, device: torch.device) ->
     stages = shape_stages(config, meshes)
     for stage in stages:
         stage.to_empty(device=device)
-        initialize(
-            stage.model,
-            weight_std=config.model.weight_std,
-            num_layers=config.model.num_hidden_layers,
-            seed=config.seed,
-        )
+        stage.model.initialize(config.seed)
     return stages
 
 
-def shape_stages(config: Config, meshes: Meshes | None) -> list[Stage]:
+def shape_stages(config: RunConfig, meshes: Meshes | None) -> list[Stage]:
     """The same without memory, on the meta device: one stage, or several of a pipeline."""
     layout = meshes.layout if meshes is not None else Layout()
     num_stages = layout.pp * config.parallel.pp_stages_per_rank if layout.pp > 1 else 1
@@ -62,8 +61,8 @@ def shape_stages(config: Config, meshes: Meshes | None) -> list[Stage]:
     return [_shape_stage(config, meshes, index, num_stages) for index in mine]
 
 
-def _shape_stage(config: Config, meshes: Meshes | None, index: int, num_stages: int) -> Stage:
-    model = LanguageModel.on_meta(config.model)
+def _shape_stage(config: RunConfig, meshes: Meshes | None, index: int, num_stages: int) -> Stage:
+    model = model_on_meta(config.model)
     if config.train.precision == "fp64":
         model.double()
         for moe in model.moe_layers():  # balancing state is fp32 in any precision
@@ -76,13 +75,16 @@ def _shape_stage(config: Config, meshes: Meshes | None, index: int, num_stages: 
         for block in model.backbone.layers.values():
             block.forward = torch.compile(block.forward)
     apply_recompute(model.backbone.layers.values(), config.train.recompute)
-    stage = Stage(model, config, index=index, num_stages=num_stages)
+    same_loss = meshes.layout.tp if meshes is not None and model.loss_is_whole else 1
+    stage = Stage(
+        model, config, index=index, num_stages=num_stages, num_loss_ranks=same_loss
+    )
     if meshes is not None:
         shard_parameters(stage, meshes, config)
     return stage
 
 
-def _cut(model: LanguageModel, meshes: Meshes, config: Config) -> None:
+def _cut(model: StagedModel, meshes: Meshes, config: RunConfig) -> None:
     """Tensor, expert and context parallelism."""
     layout = meshes.layout
     if layout.tp > 1:
@@ -93,8 +95,10 @@ def _cut(model: LanguageModel, meshes: Meshes, config: Config) -> None:
         shard_experts(model, meshes.sparse["ep"], config.parallel.dispatcher)
     if layout.cp > 1:
         share_rows(model.backbone.layers.values(), meshes.rows["cp"].get_group())
-    stream_split = layout.tp if config.parallel.sequence_parallel else 1
-    model.backbone.row_part = RowPart(meshes.at.cp, stream_split)
+    splits = config.parallel.sequence_parallel
+    model.backbone.row_part = RowPart(
+        meshes.at.cp, layout.tp if splits else 1, meshes.at.tp if splits else 0
+    )
     if layout.cp * layout.tp > 1:
         add_up = partial(_add_up, group=meshes.row_parts.get_group())
         for moe in model.moe_layers():
@@ -107,7 +111,7 @@ def _add_up(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     return x
 
 
-def shard_parameters(stage: Stage, meshes: Meshes, config: Config) -> None:
+def shard_parameters(stage: Stage, meshes: Meshes, config: RunConfig) -> None:
     """FSDP2: a group for each block's matrices, one for its experts, one for embedding and head.
 
     Norms and routers, which are used in fp32 in any precision, form one group of the whole stage;
@@ -145,9 +149,9 @@ def shard_parameters(stage: Stage, meshes: Meshes, config: Config) -> None:
             placement = partial(_expert_placement, dim=dim)
             shard(block.ffn.experts, mesh=meshes.expert_fsdp, shard_placement_fn=placement)
         shard(block, mesh=meshes.fsdp)
-    for module in (stage.model.embed_tokens, stage.model.lm_head):
-        if module is not None:
-            shard(module, mesh=meshes.fsdp)
+    for module in stage.model.ends():
+        policy = exact if isinstance(module, ImageCondition) else narrow
+        shard(module, mesh=meshes.fsdp, mp_policy=policy)
     fully_shard(stage, mesh=meshes.fsdp, mp_policy=exact, reshard_after_forward=False)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
@@ -163,4 +167,4 @@ def _expert_placement(parameter: nn.Parameter, *, dim: int) -> Shard:
 
 def _kept_exact(block: nn.Module) -> Iterable[nn.Module]:
     """Modules whose parameters are used in fp32 in any precision."""
-    return (m for m in block.modules() if isinstance(m, RMSNorm | SigmoidRouter | Rates | Skip))
+    return (m for m in block.modules() if isinstance(m, KEPT_EXACT))

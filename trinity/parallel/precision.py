@@ -11,7 +11,7 @@ from torch import nn
 
 from trinity.core.errors import ConfigError
 from trinity.core.runtime import has_fp8
-from trinity.models.lm import LanguageModel
+from trinity.models.staged import StagedModel
 
 Fp8Recipe = Literal["off", "tensorwise", "rowwise"]
 FP8_CLASS = "Float8Linear"
@@ -20,7 +20,7 @@ FP8_MULTIPLE = 16
 """Both sides of a product must be a multiple of this for the FP8 units of a GPU."""
 
 
-def use_fp8(model: LanguageModel, recipe: Fp8Recipe) -> None:
+def use_fp8(model: StagedModel, recipe: Fp8Recipe) -> None:
     """Turn the linears inside the blocks into ones that multiply in FP8, by name as before.
 
     Operands are scaled, per tensor or per row, and rounded when they are used; parameters stay as

@@ -19,9 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
+from trinity.models.dit import DiffusionTransformer
 from trinity.models.lm import LanguageModel
+from trinity.models.staged import StagedModel
 from trinity.nn.block import Block
 from trinity.nn.moe import MoE
+from trinity.nn.modulation import Modulation
 from trinity.nn.norm import RMSNorm
 from trinity.ops.loss import VocabularyShard
 from trinity.parallel.collectives import (
@@ -39,14 +42,14 @@ POSITIONS = 1
 
 CUT_BY_ROWS = (
     *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-    *("q_conv", "k_conv", "v_conv", "rates", "skip", "out_norm"),
+    *("q_conv", "k_conv", "v_conv", "rates", "skip", "out_norm", "reverse"),
 )
 """Rows, or entries, belong to heads or hidden units."""
 CUT_BY_COLUMNS = ("o_proj", "down_proj")
 USED_BY_EVERY_HEAD = ("q_norm", "k_norm")
 
 
-def shard_tensors(model: LanguageModel, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
+def shard_tensors(model: StagedModel, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
     """Cut the matrices of ``model`` over the one axis of ``mesh`` and put the collectives in place.
 
     Experts are left as they are (:mod:`trinity.parallel.expert` and FSDP share them out).
@@ -59,7 +62,7 @@ def shard_tensors(model: LanguageModel, mesh: DeviceMesh, *, sequence_parallel: 
     for block in model.backbone.layers.values():
         assert isinstance(block, Block)
         for norm in block.children():
-            if isinstance(norm, RMSNorm):
+            if isinstance(norm, RMSNorm | Modulation):
                 _distribute(norm, mesh, Replicate(), on_stream)
         if block.mixer is not None:
             _cut_branch(block.mixer, mesh, stream)
@@ -67,19 +70,48 @@ def shard_tensors(model: LanguageModel, mesh: DeviceMesh, *, sequence_parallel: 
             _place_moe(block.ffn, mesh, stream)
         elif block.ffn is not None:
             _cut_branch(block.ffn, mesh, stream)
+    if model.backbone.norm is not None:
+        _distribute(model.backbone.norm, mesh, Replicate(), on_stream)
+    if isinstance(model, LanguageModel):
+        _cut_vocabulary(model, mesh, stream)
+    if isinstance(model, DiffusionTransformer):
+        _place_image_ends(model, mesh, stream, on_stream)
+
+
+def _cut_vocabulary(model: LanguageModel, mesh: DeviceMesh, stream: _Stream) -> None:
     if model.embed_tokens is not None:
         _distribute(model.embed_tokens, mesh, Shard(0), Shard(0))
         forward = partial(_embed, model.embed_tokens, stream)
         model.embed_tokens.forward = forward  # type: ignore[assignment]
     if model.backbone.norm is not None:
-        _distribute(model.backbone.norm, mesh, Replicate(), on_stream)
         model.backbone.norm.register_forward_hook(stream.after_norm)
     if model.lm_head is not None:
         num_words = model.lm_head.weight.shape[0] // mesh.size()
         _distribute(model.lm_head, mesh, Shard(0), Shard(0))
         model.lm_head.shard = VocabularyShard(
-            mesh.get_local_rank() * num_words, partial(_gather_stacked, group=group)
+            mesh.get_local_rank() * num_words, partial(_gather_stacked, group=stream.group)
         )
+
+
+def _place_image_ends(
+    model: DiffusionTransformer, mesh: DeviceMesh, stream: _Stream, on_stream: Placement
+) -> None:
+    """Both ends are small: every rank has them whole. The head works on a rank's own positions."""
+    for module in (model.patch_embed, model.condition):
+        if module is not None:
+            _distribute_all(module, mesh, on_stream)
+    if model.patch_embed is not None and stream.sequence_parallel:
+        model.patch_embed.register_forward_pre_hook(stream.before_own_work)
+    if model.patch_head is not None:
+        _distribute_all(model.patch_head, mesh, Partial())
+        own = stream.before_head if stream.sequence_parallel else stream.before_own_work
+        model.patch_head.register_forward_pre_hook(own)
+
+
+def _distribute_all(module: nn.Module, mesh: DeviceMesh, gradient: Placement) -> None:
+    for part in module.modules():
+        if any(True for _ in part.parameters(recurse=False)):
+            _distribute(part, mesh, Replicate(), gradient)
 
 
 class _Stream:
@@ -107,24 +139,46 @@ class _Stream:
     def after_norm(self, _module: nn.Module, _args: Any, out_BSD: Tensor) -> Tensor:
         return self.enter(out_BSD)
 
-    def before_moe(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (own_part(args[0], self.group, POSITIONS),)
+    def before_own_work(
+        self, _module: nn.Module, args: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Of everything that has positions, this rank's."""
+        return tuple(self._own(x) for x in args)
+
+    def before_head(
+        self, _module: nn.Module, args: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """The same where the stream, which comes first, is this rank's already."""
+        return (args[0], *(self._own(x) for x in args[1:]))
+
+    def _own(self, x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        if x.shape[POSITIONS] > 1:
+            return own_part(x, self.group, POSITIONS)
+        # One for all positions: each rank's own ones give it a part of its gradient.
+        return copy_to_ranks(x, self.group) if x.requires_grad else x
 
     def after_moe(self, _module: nn.Module, _args: Any, out: tuple[Tensor, ...]) -> Any:
         return (join_parts(out[0], self.group, POSITIONS), *out[1:])
 
 
 def _cut_branch(branch: nn.Module, mesh: DeviceMesh, stream: _Stream) -> None:
+    _cut_children(branch, mesh)
+    branch.register_forward_pre_hook(stream.before_branch)
+    branch.register_forward_hook(stream.after_branch)
+
+
+def _cut_children(branch: nn.Module, mesh: DeviceMesh) -> None:
     for name, module in branch.named_children():
         if name in CUT_BY_ROWS:
             _distribute(module, mesh, Shard(0), Shard(0))
+            _cut_children(module, mesh)  # of a reverse scan, which have the names of the forward's
         elif name in CUT_BY_COLUMNS:
             _distribute(module, mesh, Shard(1), Shard(1))
         else:
             assert name in USED_BY_EVERY_HEAD, f"no rule for {name}"  # every rank: its own heads
             _distribute(module, mesh, Replicate(), Partial())
-    branch.register_forward_pre_hook(stream.before_branch)
-    branch.register_forward_hook(stream.after_branch)
 
 
 def _place_moe(moe: MoE, mesh: DeviceMesh, stream: _Stream) -> None:
@@ -133,7 +187,7 @@ def _place_moe(moe: MoE, mesh: DeviceMesh, stream: _Stream) -> None:
         for linear in moe.shared.children():
             _distribute(linear, mesh, Replicate(), Partial())
     if not stream.sequence_parallel:
-        moe.register_forward_pre_hook(stream.before_moe)
+        moe.register_forward_pre_hook(stream.before_own_work)
         moe.register_forward_hook(stream.after_moe)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from trinity.core import job
-from trinity.core.config import Config
-from trinity.core.errors import ConfigError, TrainingError
-from trinity.core.load_config import load_config
+from trinity.core.config import RunConfig
+from trinity.core.errors import ConfigError, TrainingError, TrinityError
+from trinity.core.load_config import load_any_config
 from trinity.core.runtime import SAVED_AND_STOPPED_EXIT_CODE
-from trinity.data.build import build_dataset
+from trinity.models.dit import DiffusionTransformer
+from trinity.models.lm import LanguageModel
 from trinity.train.corruption import replica_mismatches
 from trinity.train.inspect import documents_of_step, loader_of, replay_next_step
 from trinity.train.interventions import INTERVENTIONS_FILE, Intervention, add_intervention
@@ -31,6 +32,8 @@ from trinity.train.run import (
     rows_of_step,
 )
 from trinity.train.sample import sample_text
+from trinity.train.sample_images import sample_grid
+from trinity.train.streams import open_dataset
 
 SAMPLE_TOKENS = 80
 STOPPED_STATUS_VARIABLE = "TRINITY_STOPPED_STATUS"
@@ -68,7 +71,7 @@ def pretrain_command(
             f"give one configuration file, got {files}; for instance configs/tiny.toml"
         )
     else:
-        config, directory = load_config(files[0], overrides), run_dir
+        config, directory = load_any_config(files[0], overrides), run_dir
     with job.joined(config.train.device, timeout_s=config.parallel.timeout_s) as device:
         if resume is None:
             directory = job.from_first(directory or default_run_directory(config))
@@ -106,11 +109,21 @@ def summarize(run: Run) -> None:
     max_vio = read_metrics(run.directory, "train")[-1]["max_vio"]
     shown = "  ".join(f"{value:.2f}" for value in max_vio)
     console.print(f"MaxVio per expert layer: {shown}", markup=False)
-    model = run.model.language_model
-    if run.config.train.sample_prompt and model is not None:
+    model = run.model.whole_model
+    if isinstance(model, LanguageModel) and run.config.train.sample_prompt:
         text = sample_text(run, model, SAMPLE_TOKENS)
         console.print(f"sample:\n{text}", markup=False)
+    if isinstance(model, DiffusionTransformer):
+        console.print(_samples(run, model), markup=False)
     console.print(f"run: {run.directory}", markup=False)
+
+
+def _samples(run: Run, model: DiffusionTransformer) -> str:
+    """Where the samples are; or why there are none, which does not undo the run."""
+    try:
+        return f"samples: {sample_grid(run, model)}"
+    except TrinityError as error:
+        return f"no samples: {error}"
 
 
 def replay_command(directory: Path) -> int:
@@ -153,9 +166,9 @@ def skip_rows_command(directory: Path, first_step: int, last_step: int, reason: 
     )
 
 
-def describe_data(config: Config) -> None:
-    """Build or find the token shards of a configuration and print what they hold."""
-    dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
+def describe_data(config: RunConfig) -> None:
+    """Build or find what a configuration trains on and print what it holds."""
+    dataset = open_dataset(config)
     console = Console(highlight=False, soft_wrap=True)
     for record in dataset.record():
         console.print_json(data=record)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trinity.core import job
-from trinity.core.batch import Batch
+from trinity.core.batch import AnyBatch
 from trinity.core.sharding import local_tensor
-from trinity.models.lm import LMLoss
+from trinity.models.staged import LossSums
 from trinity.parallel.model import ParallelModel
 from trinity.parallel.stage import StepCounts
 
@@ -65,7 +65,7 @@ class Replay(NamedTuple):
 class _Pass(NamedTuple):
     """What one run of a step's microbatches came to on this rank."""
 
-    losses: list[list[LMLoss]]
+    losses: list[list[LossSums]]
     gradients: list[Tensor | None]
     sums: Tensor
     """Loss sums of every microbatch, fp64."""
@@ -91,7 +91,7 @@ class _Finding(NamedTuple):
 
 def replay_mismatches(
     model: ParallelModel,
-    microbatches: Sequence[Batch],
+    microbatches: Sequence[AnyBatch],
     counts: StepCounts,
     *,
     tolerance: float | None = None,
@@ -149,7 +149,7 @@ def _taken(model: ParallelModel, trace: list[tuple[str, Tensor]]) -> _Pass:
     parts = [local_tensor(gradient) for gradient in gradients if gradient is not None]
     sums, bits = [], [bit_hash(part) for part in parts]
     for loss in (loss for of_stage in losses for loss in of_stage):
-        sums += [loss.cross_entropy.double(), loss.z.double(), loss.balance_loss.double()]
+        sums += [loss.error.double(), loss.z.double(), loss.balance_loss.double()]
         bits.append(bit_hash(loss.load_LE))
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
     norm = torch.stack(norms).norm().view(1)
@@ -163,7 +163,7 @@ def _give_back(model: ParallelModel, result: _Pass) -> None:
         parameter.grad = gradient
 
 
-def _again(model: ParallelModel, microbatches: Sequence[Batch], counts: StepCounts) -> _Pass:
+def _again(model: ParallelModel, microbatches: Sequence[AnyBatch], counts: StepCounts) -> _Pass:
     trace: list[tuple[str, Tensor]] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _tracing(model, trace):

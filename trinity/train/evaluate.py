@@ -1,4 +1,4 @@
-"""Validation loss on held-out documents."""
+"""Validation loss on held-out documents or images."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from trinity.core.batch import IGNORED_TARGET, Batch
+from trinity.core.batch import AnyBatch
 from trinity.parallel.model import ParallelModel, own_share
 
 
-def validation_loss(model: ParallelModel, batches: Sequence[Batch]) -> float:
-    """Cross-entropy in nats per valid token over all batches; no z or balance term.
+def validation_loss(model: ParallelModel, batches: Sequence[AnyBatch]) -> float:
+    """What a run's loss is, over all batches: in nats per valid token, or squared error per image; no
+    z or balance term.
 
     The batches are shared out among data-parallel ranks; every rank gets the result.
     """
@@ -20,6 +21,6 @@ def validation_loss(model: ParallelModel, batches: Sequence[Batch]) -> float:
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for stage in model.stages:
         for loss in stage.take_losses():
-            total += loss.cross_entropy.double() / model.layout.tp
-    num_valid_tokens = sum(int((b.targets_BS != IGNORED_TARGET).sum()) for b in batches)
-    return float(model.add_up(total)) / max(num_valid_tokens, 1)
+            total += loss.error.double()
+    num_counted = sum(int(batch.num_counted) for batch in batches)
+    return float(model.add_up(total)) / max(num_counted, 1)

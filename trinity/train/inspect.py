@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from trinity.core.config import Config
+from trinity.core.config import RunConfig
 from trinity.core.errors import ConfigError
-from trinity.data.build import build_dataset
-from trinity.data.loader import Loader
 from trinity.parallel.stage import StepCounts
 from trinity.train.corruption import Replay, replay_mismatches
 from trinity.train.interventions import read_interventions
-from trinity.train.run import RECORD_FILE, Run, make_loader, read_run_config, rows_of_step
-from trinity.train.step import valid_tokens
+from trinity.train.run import RECORD_FILE, Run, read_run_config, rows_of_step
+from trinity.train.step import num_counted
+from trinity.train.streams import AnyLoader, make_loader, open_dataset
 
 
 def documents_of_step(directory: Path, step: int) -> list[str]:
@@ -27,11 +26,11 @@ def documents_of_step(directory: Path, step: int) -> list[str]:
     return loader.describe_rows(rows_of_step(loader, config.batch, step))
 
 
-def loader_of(directory: Path) -> tuple[Config, Loader]:
+def loader_of(directory: Path) -> tuple[RunConfig, AnyLoader]:
     """Configuration and data stream of a run, with all that it skips. Raises ConfigError."""
     config = read_run_config(directory, [])
     record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
-    dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
+    dataset = open_dataset(config)
     if dataset.fingerprint != record["data_fingerprint"]:
         raise ConfigError(
             f"{directory} was trained on data with fingerprint {record['data_fingerprint']}, the "
@@ -49,8 +48,8 @@ def replay_next_step(run: Run) -> Replay:
     Collective. Nothing is trained.
     """
     microbatches = run.next_microbatches()
-    num_rows = sum(len(batch.tokens_BS) for batch in microbatches) * run.model.layout.dp
-    counts = StepCounts(valid_tokens(run.model, microbatches).sum(), num_rows)
+    num_rows = sum(len(batch[0]) for batch in microbatches) * run.model.layout.dp
+    counts = StepCounts(num_counted(run.model, microbatches).sum(), num_rows)
     run.optimizers.zero_grad()
     run.model.pipeline.forward_backward(microbatches, counts)
     return replay_mismatches(run.model, microbatches, counts)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from trinity.core import job
 from trinity.core.alarms import AlarmWatch
 from trinity.core.errors import TrainingError
+from trinity.core.image_run_config import ImageRunConfig
 from trinity.core.run_files import HEARTBEAT_FILE
 from trinity.core.runtime import Moment, peak_flops, peak_memory_bytes
 from trinity.models.flops import train_flops_per_token
@@ -58,7 +59,10 @@ class Journal:
         config = run.config
         peak = peak_flops(run.device, config.train.precision)
         self._peak_flops = peak * job.world_size() if peak else None
-        self._flops_per_token = train_flops_per_token(config.model, config.batch.sequence_length)
+        length = config.batch.sequence_length
+        if isinstance(config, ImageRunConfig):
+            length = config.tokens_of_image
+        self._flops_per_token = train_flops_per_token(config.model, length)
         self._since = Moment(run.device)
 
     def put(self, pending: PendingStep) -> None:
@@ -130,6 +134,7 @@ class Journal:
                 self.trouble = Trouble(reason, run.watch.first_spike(step))
 
     def _values(self, launched: Launched, result: StepResult, step_s: float) -> dict[str, Any]:
+        config = self.run.config
         max_vio_L = max_violation(result.load_LE.float())
         tokens_per_s = result.num_tokens / step_s
         mfu = None
@@ -139,7 +144,7 @@ class Journal:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "batch_het": result.batch_het,
-            "z": result.z,
+            **({} if config.model.is_image else {"z": result.z}),
             "balance_loss": result.balance_loss,
             "max_vio_max": float(max_vio_L.max()) if len(max_vio_L) else 0.0,
             "max_vio_mean": float(max_vio_L.mean()) if len(max_vio_L) else 0.0,
@@ -157,7 +162,12 @@ class Journal:
 
     def _load(self, step: int, result: StepResult) -> dict[str, Any]:
         is_due = step % self.run.config.log.load_every_steps == 0
-        return {"load": result.load_LE.tolist()} if is_due else {}
+        if not is_due:
+            return {}
+        loads = {"load": result.load_LE.tolist()}
+        if result.load_LUE is not None:
+            loads["load_by_sigma"] = result.load_LUE.tolist()
+        return loads
 
     def _tell(self, step: int, values: dict[str, Any]) -> None:
         mfu = f"  mfu {values['mfu']:.0%}" if values["mfu"] is not None else ""

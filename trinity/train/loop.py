@@ -10,11 +10,11 @@ import torch
 
 from trinity.ckpt.background import BackgroundSaver
 from trinity.core import job
-from trinity.core.config import Config
+from trinity.core.config import RunConfig
 from trinity.core.errors import TrainingError
 from trinity.core.run_files import DONE_FILE
 from trinity.core.runtime import StopSignal, set_threads
-from trinity.models.lm import LanguageModel
+from trinity.models.build import model_on_meta
 from trinity.optim.groups import parameter_table, render_table
 from trinity.train.corruption import replica_mismatches
 from trinity.train.evaluate import validation_loss
@@ -31,7 +31,7 @@ from trinity.train.watchdog import FIRST_STEP, OTHER_WORK, Watchdog
 
 
 def pretrain(
-    config: Config,
+    config: RunConfig,
     directory: Path,
     device: torch.device,
     *,
@@ -137,7 +137,7 @@ def _begin(run: Run, journal: Journal) -> None:
             run.keep_config()
         journal.event("resumed", run.step, f"from {run.saved}")
         return
-    whole = LanguageModel.on_meta(run.config.model).named_parameters()
+    whole = model_on_meta(run.config.model).named_parameters()
     journal.reporter.show(render_table(parameter_table(whole, run.config.optim)))
     journal.event("started", 0, run.describe_rank())
     if run.config.train.validate_every_steps:
@@ -164,6 +164,7 @@ def _launch(run: Run, probes: Probes, *, stopping: bool) -> PendingStep:
         run.optimizers,
         run.next_microbatches(),
         run.config,
+        after_update=run.follow_weights,
         judge=run.judge,
         probes=probes if is_read else None,
         replaying=_is_due(run.config.stability.replay_every_steps, run.step + 1),

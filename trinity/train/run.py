@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from trinity.ckpt.background import BackgroundSaver
+from trinity.ckpt.ema import WeightAverage
+from trinity.ckpt.load import AVERAGE_PREFIX
 from trinity.ckpt.store import (
     VerifiedCheckpoint,
     checkpoint_path,
@@ -22,17 +24,17 @@ from trinity.ckpt.store import (
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    stored_names,
 )
 from trinity.core import job
-from trinity.core.batch import Batch
-from trinity.core.config import BatchConfig, Config
+from trinity.core.batch import AnyBatch
+from trinity.core.config import BatchConfig, RunConfig
 from trinity.core.errors import CheckpointError, ConfigError, DataError
-from trinity.core.load_config import dump_config, load_config
+from trinity.core.load_config import dump_config, load_any_config
 from trinity.core.run_files import CONFIG_FILE, DONE_FILE, RECORD_FILE
 from trinity.core.runtime import allow_many_files
 from trinity.core.sharding import local_tensor
-from trinity.data.build import Dataset, build_dataset
-from trinity.data.loader import Loader, held_out_rows
+from trinity.data.build import Dataset
 from trinity.optim.groups import OptimizerSet, build_optimizers
 from trinity.optim.schedule import lr_factor, rows_at_step, rows_before_step
 from trinity.parallel.mesh import Meshes, check_layout, layout_for
@@ -40,6 +42,14 @@ from trinity.parallel.model import ParallelModel
 from trinity.parallel.precision import leave_fp8
 from trinity.train.interventions import read_interventions
 from trinity.train.stability import Judge
+from trinity.train.streams import (
+    AnyDataset,
+    AnyLoader,
+    make_loader,
+    next_batch,
+    shared_dataset,
+    validation_batches,
+)
 from trinity.train.watch import Watch
 
 TOKENIZER_DIR = "tokenizer"
@@ -49,18 +59,20 @@ TOKENIZER_DIR = "tokenizer"
 class Run:
     """The moving parts of a training run on this process."""
 
-    config: Config
+    config: RunConfig
     directory: Path
     device: torch.device
-    dataset: Dataset
+    dataset: AnyDataset
     model: ParallelModel
     optimizers: OptimizerSet
-    loader: Loader
-    validation: dict[str, list[Batch]]
+    loader: AnyLoader
+    validation: dict[str, list[AnyBatch]]
     judge: Judge
     """Judges steps before they are applied."""
     watch: Watch
     """Judges the run by its steps."""
+    average: WeightAverage | None
+    """Of the weights, where the configuration asks for one."""
     step: int = 0
     num_tokens_seen: int = 0
     saved: Path | None = None
@@ -78,6 +90,8 @@ class Run:
         named |= {f"optim.{name}": t for name, t in self.optimizers.state_dict().items()}
         named |= {f"data.{name}": t for name, t in self._loader_tensors().items()}
         named |= {f"judge.{name}": t for name, t in self.judge.state_dict().items()}
+        if self.average is not None:
+            named |= {f"{AVERAGE_PREFIX}{name}": t for name, t in self.average.tensors.items()}
         named["rng.cpu"] = torch.get_rng_state()
         return named
 
@@ -100,7 +114,7 @@ class Run:
             for name, t in tensors.items()
         }
 
-    def next_microbatches(self) -> list[Batch]:
+    def next_microbatches(self) -> list[AnyBatch]:
         """This rank's rows of the next step, split; also sets the step's learning rates."""
         config = self.config
         factor = lr_factor(
@@ -114,11 +128,11 @@ class Run:
         )
         self.optimizers.set_lr(factor)
         num_rows = rows_at_step(self.step, config.batch.rows_per_step, config.batch.ramp)
-        batch = self.loader.next_rows(num_rows)
+        batch = next_batch(config, self.loader, num_rows)
         size = config.batch.microbatch_rows
         return [
-            self.model.local_batch(Batch(*(field[i : i + size] for field in batch)))
-            for i in range(0, len(batch.tokens_BS), size)
+            self.model.local_batch(type(batch)(*(field[i : i + size] for field in batch)))
+            for i in range(0, len(batch[0]), size)
         ]
 
     def save(self) -> Path:
@@ -149,6 +163,11 @@ class Run:
             "watch": self.watch.state(),
         }
 
+    def follow_weights(self, accept: Tensor) -> None:
+        """Take the weights after the next step into their average, if it was accepted."""
+        if self.average is not None:
+            self.average.update(self.step + 1, accept)
+
     def rows_of_step(self, step: int) -> list[int]:
         """Rows of the global stream that step ``step``, counted from 1, trains on."""
         return rows_of_step(self.loader, self.config.batch, step)
@@ -171,6 +190,7 @@ class Run:
 
     def restore_from(self, found: VerifiedCheckpoint) -> None:
         """Continue from a checkpoint of this run."""
+        self._check_average(found.path)
         self.optimizers.init_state()
         tensors = self.tensors()
         meta = load_checkpoint(found, tensors)
@@ -182,6 +202,15 @@ class Run:
             )
         self.adopt(tensors, meta)
         self.saved = found.path
+
+    def _check_average(self, checkpoint: Path) -> None:
+        holds = any(name.startswith(AVERAGE_PREFIX) for name in stored_names(checkpoint))
+        if holds != (self.average is not None):
+            raise CheckpointError(
+                f"ema.decay={self.config.ema.decay}, but {checkpoint} holds "
+                f"{'an' if holds else 'no'} average of the weights; bring the run's own ema.decay "
+                "back, or start a new run"
+            )
 
     def adopt(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Continue from a state that was just written into this run's own :meth:`tensors`."""
@@ -210,7 +239,7 @@ class Run:
         (self.directory / DONE_FILE).unlink(missing_ok=True)
 
 
-def rows_of_step(loader: Loader, batch: BatchConfig, step: int) -> list[int]:
+def rows_of_step(loader: AnyLoader, batch: BatchConfig, step: int) -> list[int]:
     """Rows of the global stream that step ``step``, counted from 1, trains on."""
     num_before = rows_before_step(step - 1, batch.rows_per_step, batch.ramp)
     return loader.rows_after(num_before, rows_at_step(step - 1, batch.rows_per_step, batch.ramp))
@@ -220,7 +249,7 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def open_run(config: Config, directory: Path, device: torch.device, *, resume: bool) -> Run:
+def open_run(config: RunConfig, directory: Path, device: torch.device, *, resume: bool) -> Run:
     """Build data, model and optimizers for ``directory``, and restore its state if asked to.
 
     Every process of the job calls it.
@@ -231,18 +260,13 @@ def open_run(config: Config, directory: Path, device: torch.device, *, resume: b
         clean_stale(directory)
     torch.manual_seed(config.seed)
     allow_many_files()
-    dataset = _shared_dataset(config)
+    dataset = shared_dataset(config)
     meshes = Meshes(layout, device.type) if job.world_size() > 1 else None
     model = ParallelModel.build(config, meshes, device)
-    validation = held_out_rows(
-        dataset,
-        config.batch.sequence_length,
-        config.train.validation_rows,
-        batch_rows=config.batch.microbatch_rows,
-    )
+    validation = validation_batches(config, dataset)
     if config.train.validate_every_steps and not validation:
         raise DataError(
-            "there is no held-out document to validate on; raise data.held_out_fraction, or set "
+            "there is nothing held out to validate on; raise held_out_fraction, or set "
             "train.validate_every_steps=0"
         )
     run = Run(
@@ -256,6 +280,7 @@ def open_run(config: Config, directory: Path, device: torch.device, *, resume: b
         validation=validation,
         judge=Judge(config.stability, config.optim, device),
         watch=Watch(config),
+        average=WeightAverage(model.state_dict(), config.ema) if config.ema.decay else None,
     )
     for entry in read_interventions(directory):
         run.loader.skip_rows(entry.first_row, entry.end_row)
@@ -264,40 +289,18 @@ def open_run(config: Config, directory: Path, device: torch.device, *, resume: b
     if resume:
         run.restore()
     if run.step == 0 and job.is_first():
-        dataset.tokenizer.save(directory / TOKENIZER_DIR)
+        if isinstance(dataset, Dataset):
+            dataset.tokenizer.save(directory / TOKENIZER_DIR)
         _write_record(run)
     return run
 
 
-def _shared_dataset(config: Config) -> Dataset:
-    """One process of each machine builds the shards, the others find them built."""
-    if not job.is_first_of_node():
-        job.barrier()
-    dataset = build_dataset(config.data, config.seed, config.model.vocab_size)
-    if job.is_first_of_node():
-        job.barrier()
-    return dataset
-
-
-def make_loader(config: Config, dataset: Dataset, *, rank: int = 0, world_size: int = 1) -> Loader:
-    """The training stream of a configuration, seen from one rank."""
-    return Loader(
-        dataset,
-        config.data,
-        sequence_length=config.batch.sequence_length,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        step_rows=[config.batch.rows_per_step, *(p.rows_per_step for p in config.batch.ramp)],
-    )
-
-
-def default_run_directory(config: Config) -> Path:
+def default_run_directory(config: RunConfig) -> Path:
     """``output_dir/name-DATE-TIME``."""
     return Path(config.output_dir) / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def create_run_directory(directory: Path, config: Config) -> None:
+def create_run_directory(directory: Path, config: RunConfig) -> None:
     """Make ``directory`` the home of a new run. Raises ConfigError if one lives there."""
     if (directory / CONFIG_FILE).exists():
         raise ConfigError(
@@ -311,11 +314,11 @@ def create_run_directory(directory: Path, config: Config) -> None:
         raise ConfigError(f"{directory}: cannot create the run directory: {error}") from None
 
 
-def read_run_config(directory: Path, overrides: list[str]) -> Config:
+def read_run_config(directory: Path, overrides: list[str]) -> RunConfig:
     """The configuration a run was started with, plus overrides such as ``train.num_steps=500``."""
     if not (directory / CONFIG_FILE).is_file():
         raise ConfigError(f"{directory} is not a run directory: it has no {CONFIG_FILE}")
-    return load_config(directory / CONFIG_FILE, overrides)
+    return load_any_config(directory / CONFIG_FILE, overrides)
 
 
 def _write_record(run: Run) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trinity.core.batch import IGNORED_TARGET, Batch
-from trinity.core.config import Config
+from trinity.core.batch import AnyBatch
+from trinity.core.config import RunConfig
 from trinity.core.errors import TrainingError
 from trinity.core.runtime import Moment
+from trinity.models.backbone import load_shape
 from trinity.optim.clip import clip_gradients, square_sum
 from trinity.optim.groups import OptimizerSet
 from trinity.parallel.model import ParallelModel
@@ -28,7 +29,7 @@ class StepResult(NamedTuple):
     """Means over the whole step and all ranks, as Python numbers, and the load of the experts."""
 
     loss: float
-    """Cross-entropy, nats per valid token."""
+    """Cross-entropy, nats per valid token; or mean squared error of an image's velocity."""
     z: float
     """Mean squared logsumexp of the logits."""
     balance_loss: float
@@ -53,6 +54,8 @@ class StepResult(NamedTuple):
     """Tokens that went through the model, predicted or not."""
     load_LE: Tensor
     """Tokens per expert of every layer with experts, over the whole step."""
+    load_LUE: Tensor | None = None
+    """The same for each range of noise levels, of images."""
 
     @property
     def is_finite(self) -> bool:
@@ -74,7 +77,7 @@ NUMBERS = (
     "accepted",
     "is_calm",
     "num_stopping",
-    "numvalid_tokens",
+    "num_counted",
 )
 """What of a step travels to the host in one tensor."""
 
@@ -84,7 +87,8 @@ class PendingStep(NamedTuple):
 
     numbers: Tensor
     """``NUMBERS`` in their order; fp64, on the host."""
-    load_LE: Tensor
+    load: Tensor
+    """(L, E), or (L, buckets, E)."""
     num_tokens: int
     finished: Moment
     """When the step is done and its numbers are on the host."""
@@ -94,11 +98,11 @@ class PendingStep(NamedTuple):
     """What doing the step again has shown, where that was done."""
 
     def result(self) -> StepResult:
-        """Wait for the numbers. Raises TrainingError if the step had no token to predict."""
+        """Wait for the numbers. Raises TrainingError if the step had nothing to predict."""
         self.finished.wait()
         numbers = dict(zip(NUMBERS, self.numbers.tolist(), strict=True))
-        if numbers.pop("numvalid_tokens") == 0:
-            raise TrainingError("a step has no token to predict; documents of one token only?")
+        if numbers.pop("num_counted") == 0:
+            raise TrainingError("a step has nothing to predict; documents of one token only?")
         flags = {name: bool(numbers.pop(name)) for name in ("accepted", "is_calm")}
         num_stopping = int(numbers.pop("num_stopping"))
         return StepResult(
@@ -106,16 +110,18 @@ class PendingStep(NamedTuple):
             **flags,
             num_stopping=num_stopping,
             num_tokens=self.num_tokens,
-            load_LE=self.load_LE,
+            load_LE=self.load.sum(1) if self.load.ndim == 3 else self.load,
+            load_LUE=self.load if self.load.ndim == 3 else None,
         )
 
 
 def train_step(
     model: ParallelModel,
     optimizers: OptimizerSet,
-    microbatches: Sequence[Batch],
-    config: Config,
+    microbatches: Sequence[AnyBatch],
+    config: RunConfig,
     *,
+    after_update: Callable[[Tensor], None] | None = None,
     judge: Judge | None = None,
     probes: Probes | None = None,
     replaying: bool = False,
@@ -123,13 +129,14 @@ def train_step(
 ) -> PendingStep:
     """Accumulate gradients over ``microbatches`` and move parameters and balancing biases once.
 
-    Every microbatch's loss sum is divided by the number of valid tokens of the *whole* step, over
-    all ranks, known before the first backward, so that the split into microbatches and ranks
-    changes nothing. Two sums over all ranks frame the step: token counts before, everything else
-    after. The host waits for nothing: what has to be decided is decided on the device, the same on
-    every rank, and read from the result when it has arrived.
+    Every microbatch's loss sum is divided by the number of valid tokens (or images) of the *whole*
+    step, over all ranks, known before the first backward, so that the split into microbatches and
+    ranks changes nothing. Two sums over all ranks frame the step: these counts before, everything
+    else after. The host waits for nothing: what has to be decided is decided on the device, the
+    same on every rank, and read from the result when it has arrived.
 
     Args:
+        after_update: called when parameters have moved, or not: with a boolean scalar that says it.
         judge: judges the step; None accepts whatever is finite.
         probes: read the dearer instruments of this step.
         replaying: pass forward and backward again, to see whether the same comes out.
@@ -138,9 +145,9 @@ def train_step(
     Nothing moves in a step that is not accepted: neither parameters nor optimizer state nor biases.
     """
     with probes.arriving() if probes is not None else contextlib.nullcontext():
-        valid_MR = valid_tokens(model, microbatches)
-    num_rows = sum(batch.tokens_BS.shape[0] for batch in microbatches) * model.layout.dp
-    row_tokens = microbatches[0].tokens_BS.shape[1] * model.layout.cp
+        valid_MR = num_counted(model, microbatches)
+    num_rows = sum(len(batch[0]) for batch in microbatches) * model.layout.dp
+    row_tokens = microbatches[0][0].shape[1] * model.layout.cp
     counts = StepCounts(valid_MR.sum(), num_rows)
     optimizers.zero_grad()
     with probes.measuring() if probes is not None else contextlib.nullcontext():
@@ -153,18 +160,14 @@ def train_step(
     judge = judge or Judge(config.stability, config.optim, model.device)
     verdict = _judged(numbers, judge, replay)
     numbers["clip_factor"] = _update(model, optimizers, sums, verdict)
+    if after_update is not None:
+        after_update(verdict.accept)
     if probes is not None:
         probes.after_update()
-    numbers |= {
-        "loss_score": verdict.loss_score,
-        "grad_score": verdict.norm_score,
-        "accepted": verdict.accept,
-        "is_calm": verdict.is_calm,
-        "num_stopping": sums.num_stopping,
-        "numvalid_tokens": valid_MR.sum(),
-    }
+    numbers |= _judgement(verdict)
+    numbers |= {"num_stopping": sums.num_stopping, "num_counted": valid_MR.sum()}
     reading = probes.reading() if probes is not None else None
-    return _sent_to_host(numbers, sums.load_LE, num_rows * row_tokens, reading, replay)
+    return _sent_to_host(numbers, sums.load, num_rows * row_tokens, reading, replay)
 
 
 class _Sums(NamedTuple):
@@ -174,13 +177,19 @@ class _Sums(NamedTuple):
     balance_loss: Tensor
     grad_square: Tensor
     num_stopping: Tensor
-    cross_entropy_MR: Tensor
-    load_LE: Tensor
+    error_MR: Tensor
+    load: Tensor
+    """(L, E), or (L, buckets, E)."""
 
     @property
     def norm(self) -> Tensor:
         """Of the whole gradient."""
         return self.grad_square.sqrt()
+
+    @property
+    def load_LE(self) -> Tensor:
+        """Over all noise levels."""
+        return self.load.sum(1) if self.load.ndim == 3 else self.load
 
 
 def _judged(numbers: dict[str, Tensor], judge: Judge, replay: Replay | None) -> Verdict:
@@ -190,6 +199,15 @@ def _judged(numbers: dict[str, Tensor], judge: Judge, replay: Replay | None) -> 
     if replay is not None and replay.spoils_step:
         return verdict._replace(accept=torch.zeros_like(verdict.accept))
     return verdict
+
+
+def _judgement(verdict: Verdict) -> dict[str, Tensor]:
+    return {
+        "loss_score": verdict.loss_score,
+        "grad_score": verdict.norm_score,
+        "accepted": verdict.accept,
+        "is_calm": verdict.is_calm,
+    }
 
 
 def _update(
@@ -204,14 +222,14 @@ def _update(
     return clip_factor
 
 
-def valid_tokens(model: ParallelModel, microbatches: Sequence[Batch]) -> Tensor:
-    """Tokens to predict in each microbatch of each data-parallel rank, int64 (M, R)."""
+def num_counted(model: ParallelModel, microbatches: Sequence[AnyBatch]) -> Tensor:
+    """Tokens to predict, or images, in each microbatch of each data-parallel rank, int64 (M, R)."""
     valid_MR = torch.zeros(
         len(microbatches), model.layout.dp, dtype=torch.int64, device=model.device
     )
     at = model.meshes.at if model.meshes is not None else None
     if at is None or (at.tp == 0 and at.pp == 0):  # of ranks that see the same tokens, one counts
-        counts = [(batch.targets_BS != IGNORED_TARGET).sum() for batch in microbatches]
+        counts = [batch.num_counted for batch in microbatches]
         valid_MR[:, model.dp_rank] = torch.stack(counts)
     return model.add_up(valid_MR)
 
@@ -222,41 +240,40 @@ def _sum_over_ranks(model: ParallelModel, num_microbatches: int, stopping: bool)
     fp64 holds token counts up to 2^53 exactly.
     """
     shape = model.config.model
-    load_LE = torch.zeros(
+    load = torch.zeros(
         len(shape.moe_layers),
-        shape.num_experts,
+        *load_shape(shape),
         dtype=torch.float64,
         device=model.device,
     )
-    cross_entropy_MR = load_LE.new_zeros(num_microbatches, model.layout.dp)
-    scalars = load_LE.new_zeros(4)
+    error_MR = load.new_zeros(num_microbatches, model.layout.dp)
+    scalars = load.new_zeros(4)
     rows = iter(model.moe_rows())
     for stage in model.stages:
         losses = stage.take_losses()
         for number, loss in enumerate(losses):
-            # All tensor-parallel ranks have the same loss, and each its own tokens' balance.
-            cross_entropy_MR[number, model.dp_rank] += loss.cross_entropy / model.layout.tp
-            scalars[0] += loss.z / model.layout.tp
+            error_MR[number, model.dp_rank] += loss.error
+            scalars[0] += loss.z
             scalars[1] += loss.balance_loss
         for load_E in torch.stack([loss.load_LE for loss in losses]).sum(0):
-            load_LE[next(rows)[0]] += load_E
+            load[next(rows)[0]] += load_E
     scalars[2] = square_sum(model.parameters())
     scalars[3] = stopping
-    parts = [scalars, cross_entropy_MR.flatten(), load_LE.flatten()]
+    parts = [scalars, error_MR.flatten(), load.flatten()]
     sums = model.add_up(torch.cat(parts)).split([part.numel() for part in parts])
     return _Sums(
         *sums[0].unbind(),
-        cross_entropy_MR=sums[1].view_as(cross_entropy_MR),
-        load_LE=sums[2].view_as(load_LE).long(),
+        error_MR=sums[1].view_as(error_MR),
+        load=sums[2].view_as(load).long(),
     )
 
 
 def _means(sums: _Sums, valid_MR: Tensor, num_rows: int) -> dict[str, Tensor]:
     """What is a mean over the whole step, and the gradient norm."""
-    means = sums.cross_entropy_MR / valid_MR.clamp(min=1)
+    means = sums.error_MR / valid_MR.clamp(min=1)
     num_valid = valid_MR.sum()
     return {
-        "loss": sums.cross_entropy_MR.sum() / num_valid,
+        "loss": sums.error_MR.sum() / num_valid,
         "z": sums.z / num_valid,
         "balance_loss": sums.balance_loss / num_rows,
         "grad_norm": sums.norm,
@@ -266,7 +283,7 @@ def _means(sums: _Sums, valid_MR: Tensor, num_rows: int) -> dict[str, Tensor]:
 
 def _sent_to_host(
     numbers: dict[str, Tensor],
-    load_LE: Tensor,
+    load: Tensor,
     num_tokens: int,
     reading: Reading | None,
     replay: Replay | None,
@@ -274,8 +291,8 @@ def _sent_to_host(
     flat = torch.stack([numbers[name].double() for name in NUMBERS])
     device = flat.device
     if device.type != "cpu":
-        flat, load_LE = _copied(flat), _copied(load_LE)
-    return PendingStep(flat, load_LE, num_tokens, Moment(device), reading, replay)
+        flat, load = _copied(flat), _copied(load)
+    return PendingStep(flat, load, num_tokens, Moment(device), reading, replay)
 
 
 def _copied(x: Tensor) -> Tensor:
