@@ -3,9 +3,10 @@
     python -m tools.gpu_check
 
 Runs all tests marked `gpu`, in parallel where pytest-xdist is installed (most of their time is
-compiling), then the timings of ``tools.bench.kernels_gpu`` within what is left of the time. Prints
-tables and writes ``tools/bench/results/h200.json`` with the date, the device, versions and shapes.
-Exit status: 0 all well, 1 a test or a kernel failed, 2 no GPU.
+compiling), then a step of FLUX.1-dev at each patch size where diffusers is installed
+(``tools.bench.flux_shapes``), then the timings of ``tools.bench.kernels_gpu`` within what is left
+of the time. Prints tables and writes ``tools/bench/results/h200.json`` with the date, the device,
+versions and shapes. Exit status: 0 all well, 1 a test or a kernel failed, 2 no GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tools.bench import flux_shapes
 from tools.bench.kernels_gpu import require_gpu, run_benchmarks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +53,13 @@ def run_tests(timeout_s: float) -> dict[str, Any]:
         "summary": lines[-1] if lines else "no output",
         "took_s": round(time.monotonic() - start_s, 1),
     }
+
+
+def flux_steps() -> dict[str, Any]:
+    """Milliseconds of a step of FLUX.1-dev by patch size, or why there are none."""
+    if importlib.util.find_spec("diffusers") is None:
+        return {"left_out": "diffusers is not installed"}
+    return flux_shapes.measure()
 
 
 def timing_table(rows: list[dict[str, Any]]) -> Table:
@@ -91,8 +100,10 @@ def main() -> int:
     tests = run_tests(TESTS_S)
     console = Console()
     console.print(f"tests: {tests['summary']}")
+    flux = flux_steps()
+    console.print("FLUX.1-dev's shapes, random weights:", flux)
     left_s = TOTAL_S - SPARE_S - (time.monotonic() - start_s)
-    result = {**run_benchmarks(budget_s=left_s), "tests": tests}
+    result = {**run_benchmarks(budget_s=left_s), "tests": tests, "flux": flux}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     console.print(timing_table(result["rows"]), crossover_table(result["crossovers"]))
     if result["left_out"]:

@@ -78,7 +78,9 @@ def _packed(z: Tensor, v: Tensor, scales: list[int], sigmas: list[float]) -> Flo
                 "targets": torch.nn.functional.pad(targets, (0, pad)),
                 "share": torch.full((num,), 1.0 / z[0].numel(), dtype=torch.float64),
                 "scale": torch.full((num,), CONFIG.patch_scales.index(scale)),
-                "at": patch_centres((z.shape[-2] // (2 * scale), z.shape[-1] // (2 * scale)), scale),
+                "at": patch_centres(
+                    (z.shape[-2] // (2 * scale), z.shape[-1] // (2 * scale)), scale
+                ),
                 "id": torch.full((num,), image, dtype=torch.int32),
             }
         )
