@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 24 // PANELS_PER_ROW, 8
 ROWS = {
     "Loss": ("loss", "loss_*", "overflow", "validation_loss", "batch_het", "num_skipped"),
     "Gradients and updates": ("grad_norm", "grad_score", "grad_norm_*", "update_ratio_*"),
-    "Experts": ("max_vio_*", "load_entropy", "dead_experts", "silent_experts", "bias_*"),
+    "Experts": ("max_vio_*", "load_entropy", "dead_experts", "silent_experts", "bias_*", "sigma_*"),
     "Routers and logits": ("router_*", "z", "logit_*", "attention_logit_max"),
     "Speed and progress": ("tokens_per_s", "mfu", "straggler", "data_cursor"),
 }
@@ -82,7 +82,8 @@ def instrument_panel(row: Instrument) -> Panel:
         row.title,
         [target(gauge_name(row) + RUN)],
         unit=UNITS.get(row.unit, "short"),
-        description=f"{row.unit}. {row.severity}: {row.describe_alarm()}. First: {row.first}",
+        description=f"{row.unit}{row.describe_runs()}. {row.severity}: {row.describe_alarm()}. "
+        f"First: {row.first}",
         **more,
     )
 

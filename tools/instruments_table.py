@@ -51,7 +51,8 @@ def costs() -> str:
 
 def instrument_quote(row: Instrument) -> str:
     """What the runbook quotes under an instrument's heading."""
-    place = "" if row.record == "clock" else f" Lines `{row.record}`, key `{row.key}`."
+    place = f" Lines `{row.record}`, key `{row.key}`{row.describe_runs()}."
+    place = "" if row.record == "clock" else place
     return f"> **{row.severity}**: {row.title}: {_condition(row)}.{place}\n>\n> First: {row.first}"
 
 
@@ -84,7 +85,8 @@ def with_quotes(text: str) -> str:
 
 
 def _place(row: Instrument) -> str:
-    return "the clock" if row.record == "clock" else f"`{row.record}`, `{row.key}`"
+    place = f"`{row.record}`, `{row.key}`{row.describe_runs()}"
+    return "the clock" if row.record == "clock" else place
 
 
 def _condition(row: Instrument) -> str:

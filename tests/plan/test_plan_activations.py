@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import trinity.nn.conv
 from tools.ledger import ROOT
+from trinity.core.config import Config
 from trinity.core.load_config import load_config
 from trinity.core.runtime import autocast
 from trinity.models.lm import LanguageModel
@@ -16,9 +19,10 @@ from trinity.nn.attention import GatedAttention
 from trinity.nn.block import Block
 from trinity.nn.feedforward import GroupedExperts
 from trinity.nn.rope import rope_tables
+from trinity.ops.conv import causal_conv
 from trinity.parallel.mesh import Layout
+from trinity.plan.activations import saved_bytes
 from trinity.plan.case import Case
-from trinity.plan.memory import saved_bytes
 from trinity.plan.shapes import model_shape
 
 
@@ -30,7 +34,20 @@ def test_saved_bytes_are_those_of_a_real_block(layer: int) -> None:
     are as long as rows, so that fused attention can do them.
     """
     overrides = ["batch.microbatch_rows=2", "model.sliding_window=512"]
-    config = load_config(ROOT / "configs/tiny.toml", overrides)
+    _compare(load_config(ROOT / "configs/tiny.toml", overrides), layer)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2], ids=["mamba2s", "2mamba, experts", "mamba2"])
+def test_saved_bytes_of_scans(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2Mamba-E is left out: without the kernel of GPUs its attention keeps scores."""
+    monkeypatch.setattr(trinity.nn.conv, "causal_conv", _convolution_that_keeps_its_input)
+    overrides = ["batch.microbatch_rows=2", "model.layer_pattern=S-2EM-"]
+    layers = "model.num_hidden_layers=3"
+    config = load_config(ROOT / "configs/hybrid_tiny.toml", [*overrides, layers])
+    _compare(config, layer)
+
+
+def _compare(config: Config, layer: int) -> None:
     model = LanguageModel.initialized(config.model, seed=0)
     block = model.backbone.layers[str(layer)]
     assert isinstance(block, Block)
@@ -60,6 +77,21 @@ def test_saved_bytes_are_those_of_a_real_block(layer: int) -> None:
     case = Case(config, shape, Layout())
     planned = saved_bytes(case, shape.kinds[shape.kind_of_layer[layer]], "none")
     assert planned == pytest.approx(measured, rel=0.1)
+
+
+class _Convolution(torch.autograd.Function):
+    """As on a GPU: one node that keeps what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return causal_conv(x, weight, bias, **options)
+
+
+def _convolution_that_keeps_its_input(
+    x: Tensor, weight: Tensor, bias: Tensor, **options: Any
+) -> Tensor:
+    return _Convolution.apply(x, weight, bias, options)
 
 
 def _use_kernels_of_gpus(block: nn.Module) -> None:

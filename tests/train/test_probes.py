@@ -76,7 +76,7 @@ def test_a_skipped_step_has_no_update_and_no_move_of_the_bias() -> None:
 
 def test_biases_and_router_drift() -> None:
     trainer = make_trainer(make_config())
-    model = trainer.model.language_model
+    model = trainer.model.whole_model
     assert model is not None
     probes = Probes(trainer.model, trainer.optimizers)
     first = train(trainer, 0, probes)
@@ -207,7 +207,7 @@ def test_what_hooks_measure_is_what_the_model_computes(
 
 def test_outputs_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(make_config(["batch.microbatch_rows=2"]))
-    model = trainer.model.language_model
+    model = trainer.model.whole_model
     assert model is not None
     with torch.no_grad():
         list(model.moe_layers())[1].experts.down[3] *= 1e-5
@@ -302,7 +302,7 @@ def test_hooks_go_when_a_step_fails() -> None:
 
 def test_saturated_scores_and_numbers_that_are_not_finite() -> None:
     trainer = make_trainer(make_config(dtype="fp32"))
-    model = trainer.model.language_model
+    model = trainer.model.whole_model
     assert model is not None
     assert model.lm_head is not None
     with torch.no_grad():

@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 from trinity.monitor.bands import Band
 from trinity.monitor.charts import View
 from trinity.monitor.history import History
-from trinity.monitor.loads import LAYER_LOAD, LOAD, load_ratios
+from trinity.monitor.loads import BANDS, LOAD, RANGE_LOAD, load_ratios
 from trinity.monitor.style import DIVERGING, HOTTEST, INK, new_figure
 
 MAX_EXACT_STEPS = 400
 """A view of at most so many logged steps is read from the file again, step by step."""
 HOTTEST_EXPERT, COLDEST_EXPERT = "hottest expert of each layer", "coldest expert of each layer"
 ALL_LAYERS = "all experts of all layers"
+BY_NOISE = " by noise level"
+"""What other choices end with to show each range of noise levels by itself."""
 
 
 class Picture(NamedTuple):
@@ -116,35 +118,45 @@ def load_picture(history: History, view: View, layers: str, *, mean: bool) -> Pi
     Args:
         history: of the run.
         view: the steps; a short stretch is shown step by step, a long one in bins.
-        layers: ``ALL_LAYERS``, ``HOTTEST_EXPERT``, ``COLDEST_EXPERT`` or a layer's number.
+        layers: ``ALL_LAYERS``, ``HOTTEST_EXPERT``, ``COLDEST_EXPERT`` or a layer's number; of runs
+            on images perhaps with ``BY_NOISE`` behind it.
         mean: of a bin its mean instead of what is farthest from the fair share.
     """
     if history.load_shape is None:
         return None
-    exact = _exact(history, view)
+    num_layers, num_experts = history.load_shape
+    name, num_ranges = LOAD, 1
+    if layers.endswith(BY_NOISE) and history.num_ranges:
+        name, num_ranges = RANGE_LOAD, history.num_ranges
+    layers = layers.removesuffix(BY_NOISE)
+    exact = _exact(history, view, name)
     with history.lock:
         bands = history.bands
         if exact is not None:
             start, ratios = exact
-        elif layers in (HOTTEST_EXPERT, COLDEST_EXPERT) or LOAD not in bands:
-            band = bands[LAYER_LOAD]
+        elif layers in (HOTTEST_EXPERT, COLDEST_EXPERT) or name not in bands:
+            band = bands[BANDS[name]]
             values = band.low() if layers == COLDEST_EXPERT else band.high()
-            return Picture(values.T, 0, band.bin_steps, _layer_labels(band.width, 1))
+            labels = _layer_labels(num_layers, num_ranges)
+            return Picture(values.T, 0, band.bin_steps, labels)
         else:
-            band = bands[LOAD]
+            band = bands[name]
             values = band.mean() if mean else band.farthest(1.0)
-            ratios = values.reshape(len(values), *history.load_shape)
+            ratios = values.reshape(len(values), num_layers * num_ranges, num_experts)
             start = 0
         bin_steps = 1.0 if exact is not None else float(band.bin_steps)
-    num_layers, num_experts = ratios.shape[1:]
     if layers in (HOTTEST_EXPERT, COLDEST_EXPERT):
         edge = ratios.max(axis=2) if layers == HOTTEST_EXPERT else ratios.min(axis=2)
-        return Picture(edge.T, start, bin_steps, _layer_labels(num_layers, 1))
+        return Picture(edge.T, start, bin_steps, _layer_labels(num_layers, num_ranges))
     if layers.isdigit() and int(layers) < num_layers:
+        first = int(layers) * num_ranges
+        own = ratios[:, first : first + num_ranges].reshape(len(ratios), -1)
         labels = {row + 0.5: f"expert {row}" for row in _spread(num_experts, 16)}
-        return Picture(ratios[:, int(layers)].T, start, bin_steps, labels)
+        if num_ranges > 1:
+            labels = _range_labels(num_ranges, num_experts)
+        return Picture(own.T, start, bin_steps, labels)
     flat = ratios.reshape(len(ratios), -1)
-    return Picture(flat.T, start, bin_steps, _layer_labels(num_layers, num_experts))
+    return Picture(flat.T, start, bin_steps, _layer_labels(num_layers, num_ranges * num_experts))
 
 
 def rank_picture(band: Band, *, mean: bool) -> Picture:
@@ -168,10 +180,12 @@ def load_choices(history: History | None) -> list[str]:
         return [ALL_LAYERS]
     whole = [ALL_LAYERS] if LOAD in history.bands else []
     layers = [str(layer) for layer in range(history.load_shape[0])]
-    return [*whole, HOTTEST_EXPERT, COLDEST_EXPERT, *layers]
+    by_noise = [HOTTEST_EXPERT, COLDEST_EXPERT, *layers] if history.num_ranges else []
+    plain = [*whole, HOTTEST_EXPERT, COLDEST_EXPERT, *layers]
+    return [*plain, *(choice + BY_NOISE for choice in by_noise)]
 
 
-def _exact(history: History, view: View) -> tuple[float, NDArray[np.float32]] | None:
+def _exact(history: History, view: View, name: str) -> tuple[float, NDArray[np.float32]] | None:
     """Loads [steps, layers, experts] of every step in view, if these are few enough to read."""
     with history.lock:
         steps = history.tables["train"].live_column("step")
@@ -182,8 +196,8 @@ def _exact(history: History, view: View) -> tuple[float, NDArray[np.float32]] | 
     if last - first >= 4 * MAX_EXACT_STEPS:  # logged seldom: bins are as good
         return None
     records = history.records_at((first, last), MAX_EXACT_STEPS)
-    held = [record for record in records if isinstance(record.get("load"), list)]
-    ratios = load_ratios([record["load"] for record in held]) if held else None
+    held = [record for record in records if isinstance(record.get(name), list)]
+    ratios = load_ratios([record[name] for record in held]) if held else None
     if ratios is None:
         return None
     filled = np.full((last - first + 1, *ratios.shape[1:]), np.nan, np.float32)
@@ -193,6 +207,11 @@ def _exact(history: History, view: View) -> tuple[float, NDArray[np.float32]] | 
 
 def _layer_labels(num_layers: int, rows: int) -> dict[float, str]:
     return {(i + 0.5) * rows: f"layer {i}" for i in _spread(num_layers, 16)}
+
+
+def _range_labels(num_ranges: int, rows: int) -> dict[float, str]:
+    bounds = [f"{i / num_ranges:.2g}" for i in range(num_ranges + 1)]
+    return {(i + 0.5) * rows: f"σ {bounds[i]}–{bounds[i + 1]}" for i in range(num_ranges)}
 
 
 def _spread(count: int, most: int) -> range:

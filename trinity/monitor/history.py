@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from trinity.monitor.bands import Band
 from trinity.monitor.columns import OFFSET, Table
-from trinity.monitor.loads import LAYER_LOAD, LOAD, load_bands
+from trinity.monitor.loads import BANDS, LAYER_LOAD, LAYER_RANGE_LOAD, load_bands
 
 KINDS = ("train", "instruments", "validation", "checkpoint")
 LISTS = (
@@ -61,6 +61,12 @@ class History:
     def progress(self) -> float:
         """Share of the file that is parsed, 0 to 1."""
         return 1.0 if not self._size else min(1.0, self._offset / self._size)
+
+    @property
+    def num_ranges(self) -> int:
+        """Ranges of noise levels whose loads are told apart; 0 of a run on text."""
+        of_ranges = self.bands.get(LAYER_RANGE_LOAD)
+        return of_ranges.width // self.bands[LAYER_LOAD].width if of_ranges is not None else 0
 
     def catch_up(self, max_bytes: int = PIECE_BYTES) -> bool:
         """Parse up to ``max_bytes`` that are new. True when there may be more at once.
@@ -289,7 +295,7 @@ class History:
 
 
 def _kind_of(key: str) -> str:
-    return "train" if key in ("max_vio", LOAD, LAYER_LOAD) else "instruments"
+    return "train" if key in ("max_vio", *BANDS, *BANDS.values()) else "instruments"
 
 
 def _equal_lengths(rows: list[Record], key: str) -> list[list[Record]]:

@@ -87,7 +87,7 @@ class Session:
             self._focus.value = self.page.focus
         history = self.page.shown.get(self.page.focus)
         choices = load_choices(history)
-        labels: list[Any] = [(c, f"layer {c}" if c.isdigit() else c) for c in choices]
+        labels: list[Any] = [(c, f"layer {c}" if c[:1].isdigit() else c) for c in choices]
         if self._layers.options != labels:
             self._layers.options = labels
             self._layers.value = choices[0]
@@ -255,7 +255,7 @@ def _columns() -> list[TableColumn]:
             formatter=HTMLTemplateFormatter(template=STATE_CELL),
         ),
         TableColumn(field="step", title="step", width=120, formatter=integer),
-        TableColumn(field="loss", title="loss, nats/token", width=140, formatter=decimal),
+        TableColumn(field="loss", title="loss", width=140, formatter=decimal),
         TableColumn(field="speed", title="tokens/s", width=140, formatter=integer),
     ]
 

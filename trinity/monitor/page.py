@@ -20,12 +20,17 @@ from trinity.monitor.tables import alarms_html, config_html, journal_html
 
 KINDS_OF_PARAMETERS = ("matrix", "router", "table", "vector")
 PART_COLORS = ("#0b62c4", "#d1590b", "#0a7d4b", "#a3238e", "#8a6100", "#00808f", "#606060")
+LOSS_UNIT = instruments()["loss"].unit
 UNITS = {
     "lr_muon": ("Learning rate of Muon", "1"),
     "max_vio_max": ("MaxVio, worst layer", "1"),
     "step_s": ("Step time", "s"),
-    "validation": ("Validation loss", "nats/token"),
+    "validation": ("Validation loss", LOSS_UNIT),
+    "sigma_information": ("What the noise level tells of the expert, worst layer", "nats"),
+    "sigma_max_vio": ("MaxVio, worst layer and noise range", "1"),
 }
+OF_SOME_RUNS = {name for name, row in instruments().items() if row.runs != "all"}
+"""Their figures are shown only where a selected run has them."""
 EXPERTS, VALIDATION, LOGITS, SPEED, CONFIG = range(5)
 SIDE_PIXELS = 400
 HEAT_STEPS = 200
@@ -136,7 +141,10 @@ class Page:
             "Ranks' probe time", "rank", x, height=230, bar="time / median", high=1.5
         )
         self._by_run: dict[int, list[tuple[Chart, str, str]]] = {
-            EXPERTS: self._charts("max_vio_max", "load_entropy", "dead_experts", "bias_norm"),
+            EXPERTS: self._charts(
+                *("max_vio_max", "load_entropy", "dead_experts", "bias_norm"),
+                *("sigma_information", "sigma_max_vio"),
+            ),
             VALIDATION: self._charts("validation"),
             LOGITS: self._charts(
                 "attention_logit_max", "router_logit_rms", "logit_max", "router_drift"
@@ -144,7 +152,7 @@ class Page:
             SPEED: self._charts("tokens_per_s", "step_s", "mfu", "straggler"),
             CONFIG: [],
         }
-        self._sources = Chart("Validation loss by source", "nats/token", x, legend=True)
+        self._sources = Chart("Validation loss by source", LOSS_UNIT, x, legend=True)
         self._norms = Chart("Gradient norm by parameters", "1", x, log=True, legend=True)
         self._ratios = Chart("Update over weight", "1", x, log=True, legend=True)
         self.load_controls = row([], sizing_mode="stretch_width")
@@ -189,6 +197,9 @@ class Page:
     def _fill_tab(self, tab: int, view: View) -> None:
         for chart, kind, key in self._by_run[tab]:
             chart.update(self._lines(kind, key), view, at_once=False)
+            if key in OF_SOME_RUNS:
+                recorded = [history.tables[kind].keys() for history in self.shown.values()]
+                chart.figure.visible = any(key in keys for keys in recorded)
         history = self._histories.get(self.focus) if self.focus in self.selected else None
         if tab == CONFIG:
             paths = {name: self._paths[name] for name in self.selected}

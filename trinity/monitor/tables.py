@@ -180,7 +180,7 @@ def runs_html(states: list[RunState], colors: Mapping[str, str]) -> str:
         for s in states
     )
     head = "<th>run</th><th>state</th>" + "".join(
-        f"<th class=number>{title}</th>" for title in ("step", "loss, nats/token", "tokens/s")
+        f"<th class=number>{title}</th>" for title in ("step", "loss", "tokens/s")
     )
     return f"<table><tr>{head}</tr>{rows}</table>"
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from trinity.core.config import Config, ParallelConfig
+from trinity.core.config import ParallelConfig, RunConfig
+from trinity.core.image_run_config import ImageRunConfig
+from trinity.nn.patch_ends import NUM_VECTORS
 from trinity.parallel.mesh import Layout
 from trinity.parallel.stage import layers_of_stage, stages_of_rank
 from trinity.plan.shapes import BlockShape, EndShape, ModelShape
@@ -20,24 +22,24 @@ class StagePart(NamedTuple):
     kinds: tuple[tuple[BlockShape, int], ...]
     """How many blocks of each kind."""
     ends: EndShape
-    """Embedding, head and final norm, where they are here."""
+    """What comes before and after the blocks, where it is here."""
 
     @property
-    def has_embedding(self) -> bool:
+    def has_first(self) -> bool:
         """Whether the first stage is here."""
-        return self.ends.has_embedding
+        return self.ends.has_first
 
     @property
-    def has_head(self) -> bool:
+    def has_last(self) -> bool:
         """Whether the last stage is here."""
-        return self.ends.has_head
+        return self.ends.has_last
 
 
 @dataclass(frozen=True)
 class Case:
     """How much each rank has of everything. Tokens are those of one microbatch."""
 
-    config: Config
+    config: RunConfig
     shape: ModelShape
     layout: Layout
 
@@ -70,6 +72,30 @@ class Case:
     def stream_tokens(self) -> int:
         """Tokens whose residual stream and norms are on this rank."""
         return self.moe_tokens if self.config.parallel.sequence_parallel else self.tokens
+
+    @cached_property
+    def images_per_row(self) -> int:
+        """Most images that a row can hold; 0 for texts."""
+        config = self.config
+        return config.images_per_row if isinstance(config, ImageRunConfig) else 0
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether a row holds several images, so that each token has a modulation of its own."""
+        return self.images_per_row > 1
+
+    @cached_property
+    def reach(self) -> int:
+        """Tokens of which each may see any other: of a row of text, or of an image."""
+        config = self.config
+        if isinstance(config, ImageRunConfig):
+            return config.tokens_of_image
+        return config.batch.sequence_length
+
+    @cached_property
+    def extra_positions(self) -> int:
+        """Positions that the vectors of images take beside the tokens, on every rank alike."""
+        return self.config.batch.microbatch_rows * self.images_per_row * NUM_VECTORS
 
     @cached_property
     def num_microbatches(self) -> int:

@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trinity.core.config import Config
+from trinity.core.config import Config, RunConfig
 from trinity.core.errors import ConfigError
-from trinity.core.load_config import load_config
+from trinity.core.image_run_config import ImageRunConfig
+from trinity.core.load_config import load_any_config
 from trinity.parallel.mesh import Layout, check_layout, layout_for
 from trinity.plan.case import Case
 from trinity.plan.cost import step_cost
@@ -41,7 +42,7 @@ def plan_command(
     json_path: Path | None = None,
 ) -> None:
     """Search, and print what was found. Raises ConfigError when nothing works."""
-    config, gpu = load_config(path, overrides), load_gpu(gpu_name)
+    config, gpu = load_any_config(path, overrides), load_gpu(gpu_name)
     start = time.perf_counter()
     # Wide enough for the tables also where there is no terminal, such as in a log.
     console = Console(width=None if Console().is_terminal else 140, highlight=False)
@@ -98,7 +99,7 @@ def parse_layout(text: str, num_gpus: int) -> Layout:
 
 
 def _baseline(
-    config: Config, num_gpus: int, gpu: Gpu, text: str | None
+    config: RunConfig, num_gpus: int, gpu: Gpu, text: str | None
 ) -> tuple[Candidate | None, str | None]:
     """The given layout, or that of the configuration; everything else as configured.
 
@@ -136,14 +137,14 @@ def parallel_toml(candidate: Candidate) -> str:
         parallel["pp_schedule"] = config.parallel.pp_schedule
         parallel["pp_stages_per_rank"] = config.parallel.pp_stages_per_rank
     parallel["reshard_after_forward"] = config.parallel.reshard_after_forward
-    return tomli_w.dumps(
-        {
-            "parallel": parallel,
-            "batch": {"microbatch_rows": config.batch.microbatch_rows},
-            "train": {"recompute": config.train.recompute},
-            "loss": {"chunk_rows": config.loss.chunk_rows},
-        }
-    )
+    tables = {
+        "parallel": parallel,
+        "batch": {"microbatch_rows": config.batch.microbatch_rows},
+        "train": {"recompute": config.train.recompute},
+    }
+    if isinstance(config, Config):
+        tables["loss"] = {"chunk_rows": config.loss.chunk_rows}
+    return tomli_w.dumps(tables)
 
 
 def as_record(candidate: Candidate) -> dict[str, Any]:
@@ -165,12 +166,14 @@ def as_record(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _title(config: Config, num_gpus: int, gpu: Gpu, plan: Plan, seconds: float) -> str:
+def _title(config: RunConfig, num_gpus: int, gpu: Gpu, plan: Plan, seconds: float) -> str:
     considered = len(plan.ranking) + sum(plan.rejections.counts.values())
-    batch = config.batch
+    batch, images = config.batch, ""
+    if isinstance(config, ImageRunConfig):
+        images = f", images of {config.tokens_of_image} at scale 1"
     return (
         f"{config.name} on {num_gpus} {gpu.name}: {batch.rows_per_step} rows of "
-        f"{batch.sequence_length} tokens per step; {considered:,} plans considered, "
+        f"{batch.sequence_length} tokens per step{images}; {considered:,} plans considered, "
         f"{len(plan.ranking):,} fit, in {seconds:.0f} s"
     )
 
@@ -230,6 +233,10 @@ def _time_table(winner: Candidate, baseline: Candidate) -> Table:
     costs = (winner.cost, baseline.cost)
     table.add_row("sum", *(f"{1e6 / cost.tokens_per_s:.1f}" for cost in costs))
     table.add_row("tokens/s/GPU", *(f"{cost.tokens_per_s:,.0f}" for cost in costs))
+    config = winner.case.config
+    if isinstance(config, ImageRunConfig):
+        size = config.tokens_of_image
+        table.add_row("images/s/GPU", *(f"{cost.tokens_per_s / size:,.1f}" for cost in costs))
     table.add_row(
         "all overlapped / none",
         *(

@@ -6,6 +6,7 @@ products for one, two passes for one) and a recompute as long again as what it r
 * A product of (t, n) with (n, m) takes 2 t n m FLOPs at ``gemm`` of the peak, less for thin ones:
   the factor is d / (d + half_dim) with d the smallest of t, n, m. The rows of an expert count as t.
 * Attention takes 2 FLOPs per query channel and key inside the mask, and as many per output channel.
+  That of images forms all scores of a row and masks them.
 * The router's product runs in fp32 without tensor cores (see trinity/nn/router.py).
 * Everything else is bound by memory: bytes read and written over the HBM bandwidth.
 * Muon orthogonalises each matrix with 5 quintics: 20 m^2 n + 10 m^3 FLOPs for m <= n, or
@@ -19,11 +20,15 @@ from collections import defaultdict
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from trinity.core.config import Config
+from trinity.core.dit_config import DiTConfig
+from trinity.core.model_config import ModelConfig
 from trinity.ops.newton_schulz import GRAM_MIN_ASPECT, GRAM_RESTART
 from trinity.parallel.mesh import Layout
 from trinity.plan.case import Case, StagePart
 from trinity.plan.hardware import Efficiency, Gpu
 from trinity.plan.memory import part_sizes
+from trinity.plan.mixers import MixerShape
 from trinity.plan.shapes import BlockShape
 from trinity.plan.traffic import muon_weights
 
@@ -96,13 +101,14 @@ def block_time(case: Case, machine: Machine, kind: BlockShape) -> BlockTime:
                 dense += linears.product_s(case.tokens, rows, columns)
         elif weight.group == "experts":
             experts += _expert_products_s(case, machine, weight.shape)
-        elif weight.name == "ffn.router.weight":
-            flops = 2.0 * case.moe_tokens * math.prod(weight.shape)
-            router += flops / (machine.gpu.fp32_flops * machine.efficiency.gemm_fp32)
+        elif weight.name.startswith("ffn.router."):
+            is_time = weight.name.endswith("time_weight") and not case.is_packed
+            levels = case.config.batch.microbatch_rows if is_time else case.moe_tokens
+            router += _exact_product_s(machine, levels, math.prod(weight.shape))
     mixer = kind.mixer
-    multiplies = mixer.scan_multiplies
+    multiplies = mixer.ways * mixer.scan_multiplies
     if mixer.sees_tokens:
-        multiplies += (mixer.query + mixer.output) * busiest_mean_keys(case, mixer.window)
+        multiplies += (mixer.query + mixer.output) * _busiest_keys(case, mixer)
     scores = 2 * multiplies * case.tokens / tp
     rate = machine.gpu.bf16_flops * machine.efficiency.attention
     return BlockTime(
@@ -113,6 +119,11 @@ def block_time(case: Case, machine: Machine, kind: BlockShape) -> BlockTime:
         router,
         machine.passes_s(pass_bytes(case, kind) * _eager(case, machine)),
     )
+
+
+def _exact_product_s(machine: Machine, rows: float, elements: float) -> float:
+    """Seconds of a product in fp32 with a matrix of so many elements."""
+    return 2.0 * rows * elements / (machine.gpu.fp32_flops * machine.efficiency.gemm_fp32)
 
 
 def _eager(case: Case, machine: Machine) -> float:
@@ -131,6 +142,15 @@ def _expert_products_s(case: Case, machine: Machine, shape: tuple[int, ...]) -> 
     read = machine.passes_s(math.prod(shape) / layout.ep * case.compute_bytes)
     imbalance = machine.efficiency.router_imbalance_time if layout.ep > 1 else 1.0
     return max(work, read) * imbalance
+
+
+def _busiest_keys(case: Case, mixer: MixerShape) -> float:
+    """Keys held against a query on the rank that has most to do, on average."""
+    if not mixer.is_causal:
+        return case.config.batch.sequence_length
+    if mixer.ways == 2:  # before it, and after it: all, itself twice
+        return case.config.batch.sequence_length + 1
+    return busiest_mean_keys(case, mixer.window)
 
 
 def busiest_mean_keys(case: Case, window: int | None) -> float:
@@ -161,6 +181,11 @@ def pass_bytes(case: Case, kind: BlockShape) -> float:
     elements += 3 * heads * mixer.output if mixer.is_gated else 0
     if not mixer.sees_tokens:  # values are convolved too
         elements += 2 * heads * mixer.value
+    if mixer.ways == 2:  # flipped, convolved, flipped back and added
+        streams = mixer.query + mixer.key + mixer.value
+        elements += heads * (4 * streams + 4 * mixer.output)
+    if config.is_image:
+        elements += _modulation_elements(case, kind, halves)
     if kind.feed_forward == "none":
         pass
     elif not kind.has_experts:
@@ -175,22 +200,59 @@ def pass_bytes(case: Case, kind: BlockShape) -> float:
     return elements * case.compute_bytes
 
 
-class VocabularyTime(NamedTuple):
-    """Seconds of embedding's head and loss for one microbatch, forward and backward together."""
+def _modulation_elements(case: Case, kind: BlockShape, halves: int) -> float:
+    """Shift, scale and gate of every token where images share a row; and what routers see beside
+    what experts do."""
+    width = case.shape.config.hidden_size
+    elements = 3 * halves * width * case.stream_tokens if case.is_packed else 0
+    return elements + (2 * width * case.moe_tokens if kind.has_experts else 0)
+
+
+class EndTime(NamedTuple):
+    """Seconds of what comes before and after the blocks for one microbatch, forward and backward
+    together."""
 
     products: float
     passes: float
 
 
-def vocabulary_time(case: Case, machine: Machine) -> VocabularyTime:
+def end_time(case: Case, machine: Machine, part: StagePart) -> EndTime:
+    """Of the ends that are on a rank; looking up embeddings takes no time."""
+    config = case.shape.config
+    if isinstance(config, DiTConfig):
+        return _image_end_time(case, config, machine, part)
+    assert isinstance(config, ModelConfig)
+    return _vocabulary_time(case, config, machine) if part.has_last else EndTime(0.0, 0.0)
+
+
+def _image_end_time(case: Case, config: DiTConfig, machine: Machine, part: StagePart) -> EndTime:
+    """Every size of patches is computed for all tokens. The vectors of images, in fp32, are
+    computed by each rank that shares their rows."""
+    tokens, width = case.moe_tokens, config.hidden_size
+    products = passes = 0.0
+    for values in config.patch_values:
+        once = machine.product_s(tokens, values, width, narrow=False)
+        products += 2 * once * part.has_first + 3 * once * part.has_last
+        ends = part.has_first + part.has_last
+        passes += 3 * ends * tokens * (width * case.compute_bytes + 2 * values * FP32)
+    if part.has_first:
+        matrices = [w for g in part.ends.groups if g.is_exact for w in g.weights]
+        elements = sum(math.prod(w.shape) for w in matrices if ".classes." not in w.name)
+        images = case.config.batch.microbatch_rows * case.images_per_row
+        products += 3 * _exact_product_s(machine, images, elements)
+    return EndTime(products, machine.passes_s(passes))
+
+
+def _vocabulary_time(case: Case, config: ModelConfig, machine: Machine) -> EndTime:
     """Three products, passes over the logits, and the head's gradient once per chunk of rows."""
-    config, chunk = case.shape.config, min(case.config.loss.chunk_rows, case.tokens)
+    assert isinstance(case.config, Config)
+    chunk = min(case.config.loss.chunk_rows, case.tokens)
     words = config.vocab_size / case.layout.tp
     products = 3 * machine.product_s(case.tokens, words, config.hidden_size, narrow=False)
     chunks = case.tokens / chunk
     gradient = words * config.hidden_size * (2 * FP32 + 2 * case.compute_bytes)
     passes = LOSS_PASS_BYTES * case.tokens * words + (chunks * gradient if chunks > 1 else 0)
-    return VocabularyTime(products, machine.passes_s(passes))
+    return EndTime(products, machine.passes_s(passes))
 
 
 def parameter_passes_s(case: Case, machine: Machine, part: StagePart) -> float:

@@ -23,19 +23,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from trinity.plan.case import Case, StagePart
 from trinity.plan.compute import (
     Machine,
     block_time,
+    end_time,
     optimizer_s,
     parameter_passes_s,
-    vocabulary_time,
 )
+from trinity.plan.flops import model_flops_per_token
 from trinity.plan.hardware import Efficiency, Gpu, load_efficiency
-from trinity.plan.shapes import ModelShape
 from trinity.plan.traffic import Traffic, step_traffic
 
 
@@ -102,7 +102,7 @@ class RankTime(NamedTuple):
     attention: float
     passes: float
     router: float
-    vocabulary: float
+    ends: float
     recompute: float
     launch: float
     shared: float
@@ -113,7 +113,7 @@ class RankTime(NamedTuple):
     @property
     def compute(self) -> float:
         """All of it."""
-        listed = self.products + self.attention + self.passes + self.router + self.vocabulary
+        listed = self.products + self.attention + self.passes + self.router + self.ends
         return listed + self.recompute + self.launch
 
 
@@ -191,35 +191,6 @@ def bubble_s(schedule: str, stages: Sequence[StageTime], stages_per_rank: int = 
     return num * max(0.0, f + 2 * b - 3 * w) / 2
 
 
-def model_flops_per_token(case: Case) -> float:
-    """Forward and backward FLOPs of the model for one token, of any family.
-
-    Equals :func:`trinity.models.flops.train_flops_per_token` for AFMoE.
-    """
-    return _flops_per_token(case.shape, case.config.batch.sequence_length)
-
-
-@lru_cache(maxsize=64)
-def _flops_per_token(shape: ModelShape, length: int) -> float:
-    config = shape.config
-    multiplies = float(config.vocab_size * config.hidden_size)
-    for kind, count in shape.kinds_of(range(config.num_hidden_layers)):
-        for weight in kind.weights:
-            if len(weight.shape) == 1:
-                continue
-            elements = math.prod(weight.shape)
-            if weight.group == "experts":
-                elements = elements * config.num_experts_per_tok / config.num_experts
-            multiplies += count * elements
-        mixer = kind.mixer
-        multiplies += count * mixer.recurrent_multiplies
-        if mixer.sees_tokens:
-            reach = length if mixer.window is None else min(mixer.window, length)
-            keys = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
-            multiplies += count * keys * (mixer.query + mixer.output)
-    return 6 * multiplies
-
-
 class _Rank:
     """Everything about one pipeline rank."""
 
@@ -249,7 +220,7 @@ class _Rank:
             "attention": num * time.attention,
             "router": num * time.router,
             "passes": num * time.passes,
-            "vocabulary": num * time.vocabulary,
+            "ends": num * time.ends,
             "recompute": num * time.recompute,
             "launch": num * time.launch,
             "parameter copies": self.parameter_passes_s,
@@ -358,22 +329,21 @@ def _rank_time(case: Case, machine: Machine, part: StagePart) -> RankTime:
         launch += count * machine.efficiency.block_launch_s
         if mode == "full":
             recompute += count * (block.products + block.attention + block.passes)
-        elif mode == "selective":  # fused attention is kept, that of windows is not
-            again = block.attention if kind.mixer.window is not None else 0.0
+        elif mode == "selective":  # fused attention is kept, that of windows and scans are not
+            again = 0.0 if kind.mixer.is_fused else block.attention
             recompute += count * (block.passes + again)
-    vocabulary = vocabulary_time(case, machine) if part.has_head else None
-    head = vocabulary.products + vocabulary.passes if vocabulary else 0.0
-    compute = 3 * (products + attention + passes + router) + recompute + head
+    ends = sum(end_time(case, machine, part))
+    compute = 3 * (products + attention + passes + router) + recompute + ends
     return RankTime(
         products=3 * products,
         attention=3 * attention,
         passes=3 * passes,
         router=3 * router,
-        vocabulary=head,
+        ends=ends,
         recompute=recompute,
         launch=max(0.0, launch - compute),
         shared=shared,
-        # The loss forms its gradient in the forward.
-        forward=products + attention + passes + router + head,
+        # The loss of words forms its gradient in the forward.
+        forward=products + attention + passes + router + ends,
         weight_gradient=products + router,
     )

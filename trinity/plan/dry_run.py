@@ -22,8 +22,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trinity.core.batch import Batch
-from trinity.core.config import Config
+from trinity.core.batch import AnyBatch, Batch, FlowBatch
+from trinity.core.config import RunConfig
+from trinity.core.image_run_config import ImageRunConfig
 from trinity.core.runtime import forget_meshes
 from trinity.core.sharding import local_tensor
 from trinity.nn import attention, head, linear_mixer, scan_mixer
@@ -59,7 +60,7 @@ class DryRun(NamedTuple):
     """By (collective, axis)."""
 
 
-def dry_run(config: Config, layout: Layout, rank: int = 0) -> DryRun:
+def dry_run(config: RunConfig, layout: Layout, rank: int = 0) -> DryRun:
     """A whole optimizer step, as ``rank`` would run it.
 
     Point-to-point transfers of a pipeline are left out: their size is that of the hidden states.
@@ -99,11 +100,9 @@ def dry_run(config: Config, layout: Layout, rank: int = 0) -> DryRun:
 
 def _forward_backward(model: ParallelModel) -> None:
     config, layout = model.config, model.layout
-    rows, positions = config.batch.microbatch_rows, config.batch.sequence_length
-    num_microbatches = config.batch.rows_per_step // (layout.dp * rows)
-    tokens_BS = torch.zeros(rows, positions, dtype=torch.int64)
-    whole = Batch(tokens_BS, torch.zeros_like(tokens_BS), tokens_BS.int())
-    batch = model.local_batch(whole)
+    num_microbatches = config.batch.rows_per_step // (layout.dp * config.batch.microbatch_rows)
+    batch = model.local_batch(_batch_of_shapes(config))
+    given = dict(zip(batch._fields[1:], batch[1:], strict=True))
     if layout.pp == 1:
         model.pipeline.forward_backward([batch] * num_microbatches, StepCounts(1, 1))
         return
@@ -115,16 +114,44 @@ def _forward_backward(model: ParallelModel) -> None:
             stage.set_is_last_backward(last)
             stage.set_reshard_after_backward(last)
             stage.set_requires_gradient_sync(last)
-            x = batch.tokens_BS if stage.index == 0 else _hidden_like(model, batch)
-            stage(x, batch.targets_BS, batch.document_ids_BS).sum().backward()
+            x = batch[0] if stage.index == 0 else _hidden_like(model, batch)
+            stage(x, **given).sum().backward()
 
 
-def _hidden_like(model: ParallelModel, batch: Batch) -> Tensor:
-    rows, positions = batch.tokens_BS.shape
-    split = model.stages[0].model.backbone.row_part.stream_split
-    return torch.zeros(
-        rows, positions // split, model.config.model.hidden_size, dtype=torch.bfloat16
-    ).requires_grad_()
+def _batch_of_shapes(config: RunConfig) -> AnyBatch:
+    """One microbatch, of nothing."""
+    shape = (config.batch.microbatch_rows, config.batch.sequence_length)
+    whole_BS = torch.zeros(shape, dtype=torch.int64)
+    if not isinstance(config, ImageRunConfig):
+        return Batch(whole_BS, torch.zeros_like(whole_BS), whole_BS.int())
+    model, num_images = config.model, config.images_per_row
+    patches_BSP = torch.zeros(*shape, model.patch_values[-1])
+    of_images_BN = torch.zeros(shape[0], num_images, dtype=torch.int64)
+    condition = of_images_BN
+    if model.condition == "embedding":
+        condition = torch.zeros(shape[0], num_images, model.embedding_width)
+    return FlowBatch(
+        patches_BSP=patches_BSP,
+        targets_BSP=torch.zeros_like(patches_BSP),
+        share_BS=torch.zeros(shape),
+        weight_BS=torch.zeros(shape),
+        scale_BS=whole_BS,
+        coordinates_BSA=torch.zeros(*shape, model.num_axes),
+        document_ids_BS=whole_BS.int(),
+        sigma_BN=of_images_BN.float(),
+        condition=condition,
+        counts_BN=of_images_BN,
+    )
+
+
+def _hidden_like(model: ParallelModel, batch: AnyBatch) -> Tensor:
+    rows, positions = batch[0].shape[:2]
+    staged = model.stages[0].model
+    num_images = batch.sigma_BN.shape[1] if isinstance(batch, FlowBatch) else 0
+    positions //= staged.backbone.row_part.stream_split
+    positions += staged.num_extra_positions(num_images)
+    width = model.config.model.hidden_size
+    return torch.zeros(rows, positions, width, dtype=torch.bfloat16).requires_grad_()
 
 
 def _axis_of_groups(meshes: Meshes) -> dict[str, str]:
@@ -185,6 +212,7 @@ def _stand_ins(layout: Layout) -> Iterator[None]:
     """Replace what looks at values, which fake tensors do not have."""
     with (
         mock.patch.object(attention, "causal_attention", _attention_of_shapes),
+        mock.patch.object(attention, "image_attention", _attention_of_shapes),
         mock.patch.object(linear_mixer, "forgetting_attention", _forgetting_of_shapes),
         mock.patch.object(scan_mixer, "scan", _scan_of_shapes),
         mock.patch.object(scan_mixer, "final_state", _state_of_shapes),
@@ -196,7 +224,7 @@ def _stand_ins(layout: Layout) -> Iterator[None]:
         yield
 
 
-def _attention_of_shapes(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+def _attention_of_shapes(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return q + (k.sum() + v.sum())
 
 

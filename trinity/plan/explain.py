@@ -16,7 +16,7 @@ SENTENCES = {
     "products": "Matrix products",
     "attention": "Attention",
     "passes": "Passes over activations",
-    "vocabulary": "The head and the loss",
+    "ends": "Embedding, head and loss",
     "recompute": "Recompute",
     "parameter copies": "Copying parameters and gradients",
     "tensor": "Tensor-parallel exchanges",

@@ -6,7 +6,7 @@ vocabulary loss; and, when those are gone, the working memory of Newton-Schulz.
 
 Weights, gradients and optimizer state are exact (tests/plan compares them with a real build).
 Activations follow what the operators of trinity/ops save for the backward, in bytes per token and
-block; compiled code may save less.
+block (:mod:`trinity.plan.activations`); compiled code may save less.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+from trinity.core.config import Config
+from trinity.core.dit_config import DiTConfig
+from trinity.core.model_config import ModelConfig
+from trinity.nn.modulation import NUM_MODULATIONS
 from trinity.optim.muon import MAX_BUCKET_ELEMENTS
 from trinity.parallel.mesh import Layout
+from trinity.plan.activations import saved_bytes
 from trinity.plan.case import Case, StagePart
 from trinity.plan.hardware import Efficiency, Gpu
-from trinity.plan.shapes import BlockShape, Sizes, sizes
+from trinity.plan.shapes import Sizes, sizes
 
 NEWTON_SCHULZ_BYTES = 20
 """Per element of a bucket: direction, stack and normalised copy in fp32, two copies and the
@@ -36,6 +41,8 @@ class Memory(NamedTuple):
     """Sharded, or unsharded in the reduce type where they stay through the step."""
     optimizer: int
     """Muon's momentum, AdamW's two moments and step counters."""
+    average: int
+    """Of the weights, where the configuration asks for one."""
     gathered: int
     """Parameters in the compute type, with gathers and reductions in flight."""
     activations: int
@@ -44,17 +51,17 @@ class Memory(NamedTuple):
     """One block in its backward: what recompute brings back, and gradients of activations."""
     dispatch: int
     """Rows on their way to and from experts, with a margin for an uneven router."""
-    vocabulary: int
-    """Chunks of logits and gradients of the head."""
+    ends: int
+    """Chunks of logits and gradients of the head; of images their patches and vectors."""
     newton_schulz: int
-    """Working memory of the optimizer, which takes the place of what passes."""
+    """Working memory of the optimizer, or of the average, which takes the place of what passes."""
     runtime: int
     """CUDA context, NCCL, kernels."""
 
     @property
     def lasting(self) -> int:
         """What is there at any time."""
-        return self.weights + self.gradients + self.optimizer + self.runtime
+        return self.weights + self.gradients + self.optimizer + self.average + self.runtime
 
     @property
     def passing(self) -> int:
@@ -64,7 +71,7 @@ class Memory(NamedTuple):
             + self.activations
             + self.working_set
             + self.dispatch
-            + max(0, self.vocabulary - self.working_set - self.dispatch)
+            + max(0, self.ends - self.working_set - self.dispatch)
         )
 
     @property
@@ -94,16 +101,19 @@ def rank_memory(case: Case, efficiency: Efficiency, pp_rank: int = 0) -> Memory:
     part = case.parts[pp_rank]
     held = part_sizes(part, case.layout)
     saved, working, dispatch = _activations(case, part, efficiency)
+    average = case.state_bytes * held.stored if case.config.ema.decay else 0
     return Memory(
         weights=case.state_bytes * held.stored,
         gradients=_gradients(case, held),
         optimizer=optimizer_bytes(case, held),
+        average=average,
         gathered=_gathered(case, part),
         activations=int(saved * _microbatches_in_flight(case, pp_rank)),
         working_set=int(working),
         dispatch=int(dispatch),
-        vocabulary=_vocabulary(case) if part.has_head else 0,
-        newton_schulz=_newton_schulz(part, case.layout),
+        ends=_ends(case, part),
+        # Moving the average takes a copy of it, when the optimizer is done.
+        newton_schulz=max(_newton_schulz(part, case.layout), average),
         runtime=int(efficiency.runtime_bytes),
     )
 
@@ -111,7 +121,7 @@ def rank_memory(case: Case, efficiency: Efficiency, pp_rank: int = 0) -> Memory:
 @lru_cache(maxsize=4096)
 def part_sizes(part: StagePart, layout: Layout) -> Sizes:
     """Elements of all parameters of a pipeline rank."""
-    total = sizes((*part.ends.words, *part.ends.norms), layout)
+    total = sizes(part.ends.weights, layout)
     for kind, count in part.kinds:
         total += kind.sizes(layout).times(count)
     return total
@@ -138,25 +148,30 @@ def _gathered(case: Case, part: StagePart) -> int:
         # Autocast keeps a cast copy of every weight until the forward is over.
         return kept + case.compute_bytes * groups.all
     # The flat buffer a gather fills before it is split, and one a reduction is fed from.
-    in_flight = (case.compute_bytes + case.reduce_bytes) * max(groups.largest, groups.words)
+    in_flight = (case.compute_bytes + case.reduce_bytes) * max(groups.largest, groups.end)
+    exact_ends = case.state_bytes * groups.exact_ends
     if case.is_resident:
-        return kept + case.compute_bytes * groups.all + in_flight
+        return kept + case.compute_bytes * groups.all + exact_ends + in_flight
     # This block and the next one, which is prefetched; embedding or head besides.
-    return kept + case.compute_bytes * (2 * groups.block + groups.words) + in_flight
+    passing = case.compute_bytes * (2 * groups.block + groups.end) + exact_ends
+    return kept + passing + in_flight
 
 
 class _Gathered(NamedTuple):
     """Elements of FSDP groups when gathered."""
 
     all: int
-    """Of blocks, embedding and head."""
+    """Of blocks and ends, but for what is gathered in fp32."""
     block: int
     """The largest block, matrices and experts."""
     largest: int
     """The largest group of a block."""
-    words: int
-    """The larger of embedding and head."""
+    end: int
+    """The largest group of the ends."""
+    exact_ends: int
+    """Of the ends in fp32."""
     exact: int
+    """Of the blocks in fp32."""
 
 
 @lru_cache(maxsize=4096)
@@ -168,8 +183,10 @@ def _gathered_elements(part: StagePart, layout: Layout) -> _Gathered:
         total += count * (matrices + experts)
         exact += count * kind.sizes(layout, "exact").gathered
         block, largest = max(block, matrices + experts), max(largest, matrices, experts)
-    words = [sizes((weight,), layout).gathered for weight in part.ends.words]
-    return _Gathered(total + sum(words), block, largest, max([0, *words]), exact)
+    ends = [(group.sizes(layout).gathered, group.is_exact) for group in part.ends.groups]
+    narrow, exact_ends = (sum(n for n, is_exact in ends if is_exact is e) for e in (False, True))
+    end = max([0, *(size for size, _ in ends)])
+    return _Gathered(total + narrow, block, largest, end, exact_ends, exact)
 
 
 def _activations(case: Case, part: StagePart, efficiency: Efficiency) -> tuple[float, float, float]:
@@ -187,64 +204,11 @@ def _activations(case: Case, part: StagePart, efficiency: Efficiency) -> tuple[f
             width = case.shape.config.hidden_size * case.compute_bytes
             dispatch = 2 * rows * width * (1 + efficiency.router_imbalance_memory)
     hidden = case.stream_tokens * case.shape.config.hidden_size * case.compute_bytes
-    if part.has_head:
+    if part.has_last:
         saved += 3 * hidden  # the norm's input and output, the gradient that the loss keeps
+    if case.is_packed:  # what the blocks share of their modulations, and the noise level
+        saved += (NUM_MODULATIONS + 1) * hidden
     return saved, working, dispatch
-
-
-def saved_bytes(case: Case, kind: BlockShape, mode: str, imbalance: float = 1.0) -> float:
-    """What one block keeps of one microbatch for the backward, bytes.
-
-    "none": inputs of every operator that needs them. "selective": the block's input and results of
-    matrix products and of fused attention. "full": the block's input.
-    """
-    config, attention, layout = case.shape.config, kind.mixer, case.layout
-    width, element = config.hidden_size, case.compute_bytes
-    stream = case.stream_tokens * width
-    if mode == "full":
-        return element * stream
-    heads = case.tokens / layout.tp  # tokens x the share of heads that is here
-    q_k = heads * (attention.query + attention.key)
-    value, out = heads * attention.value, heads * attention.output
-    gate = out if attention.is_gated else 0
-    if mode == "selective":
-        # Projections, the result of fused attention, the output projection; block input.
-        kept = out if attention.window is None and attention.sees_tokens else 0
-        mixer = stream + q_k + value + gate + kept + stream
-    else:
-        # Input, normed input (gathered), q and k before and after their norms, v, result of
-        # attention, gate, gated result, output projection.
-        mixer = stream + case.tokens * width + 2 * q_k + value + out + 2 * gate + stream
-    if not attention.sees_tokens:  # convolutions keep their inputs
-        mixer += q_k + value if mode == "none" else 0
-    if not attention.output:
-        mixer = 0.0
-    statistics = FP32 * heads * (attention.num_heads + attention.saved_states)
-    ffn = _ffn_elements(case, kind, mode, imbalance)
-    return element * (mixer + ffn) + statistics
-
-
-def _ffn_elements(case: Case, kind: BlockShape, mode: str, imbalance: float) -> float:
-    config = case.shape.config
-    width = config.hidden_size
-    stream = case.stream_tokens * width
-    if kind.feed_forward == "none":
-        return 0.0
-    if not kind.has_experts:
-        hidden = case.tokens / case.layout.tp * config.intermediate_size
-        if mode == "selective":
-            return 2 * hidden + stream
-        return stream + case.tokens * width + 4 * hidden + stream
-    tokens = case.moe_tokens
-    rows = tokens * config.num_experts_per_tok * imbalance
-    shared = tokens * config.moe_intermediate_size * config.num_shared_experts
-    inner = rows * config.moe_intermediate_size
-    scores = 2 * tokens * config.num_experts  # fp32, in elements of two bytes
-    if mode == "selective":
-        return scores + 2 * shared + stream + 2 * inner + rows * width
-    # Input, normed input and its fp32 copy for the router; scores, also for the balance loss.
-    router = stream + 3 * tokens * width + 3 * scores
-    return router + 4 * shared + rows * width + 5 * inner + stream
 
 
 def _microbatches_in_flight(case: Case, pp_rank: int) -> float:
@@ -262,9 +226,25 @@ def _microbatches_in_flight(case: Case, pp_rank: int) -> float:
     return float(min(num, pp + (1 if schedule == "dualpipev" else 0)))
 
 
-def _vocabulary(case: Case) -> int:
-    """One chunk of logits twice, the head's gradient in fp32 and two products in bf16."""
+def _ends(case: Case, part: StagePart) -> int:
     config = case.shape.config
+    if isinstance(config, DiTConfig):
+        return _image_ends(case, config, part)
+    assert isinstance(config, ModelConfig)
+    return _vocabulary(case, config) if part.has_last else 0
+
+
+def _image_ends(case: Case, config: DiTConfig, part: StagePart) -> int:
+    """Noisy patches and targets of all microbatches, which every stage is given, with what comes
+    out of each size of patches, and its error."""
+    patches = case.tokens * config.patch_values[-1] * FP32
+    outputs = 2 + 2 * len(config.patch_scales) if part.has_last else 0
+    return patches * (2 * case.num_microbatches + outputs)
+
+
+def _vocabulary(case: Case, config: ModelConfig) -> int:
+    """One chunk of logits twice, the head's gradient in fp32 and two products in bf16."""
+    assert isinstance(case.config, Config)
     words = config.vocab_size // case.layout.tp
     chunk = min(case.config.loss.chunk_rows, case.tokens)
     logits = chunk * words * (FP32 + case.compute_bytes)

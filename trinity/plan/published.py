@@ -119,7 +119,9 @@ def _config(model: ModelConfig, entry: Mapping[str, Any]) -> Config:
         "loss": {"chunk_rows": WHOLE},
         "optim": {"muon": {"enabled": False}},
     }
-    return validate_config(values, origin=str(TABLE))
+    config = validate_config(values, origin=str(TABLE))
+    assert isinstance(config, Config)
+    return config
 
 
 def _model(values: dict[str, Any], sequence_length: int) -> tuple[ModelConfig, OtherMixer]:

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from trinity.core.config import Config
+from trinity.core.config import Config, RunConfig
 from trinity.core.errors import ConfigError
+from trinity.core.tables import Table
 from trinity.parallel.mesh import Layout, check_layout
 from trinity.parallel.recompute import RecomputeMode
 from trinity.plan.case import Case
@@ -41,9 +42,10 @@ class Setting(NamedTuple):
     pp_schedule: str
     pp_stages_per_rank: int
     loss_chunk_rows: int
+    """0 for images, whose loss is small."""
 
     @classmethod
-    def of(cls, config: Config) -> Setting:
+    def of(cls, config: RunConfig) -> Setting:
         """As the configuration has it."""
         parallel = config.parallel
         return cls(
@@ -51,7 +53,7 @@ class Setting(NamedTuple):
             parallel.reshard_after_forward,
             parallel.pp_schedule,
             parallel.pp_stages_per_rank,
-            config.loss.chunk_rows,
+            config.loss.chunk_rows if isinstance(config, Config) else 0,
         )
 
 
@@ -118,7 +120,7 @@ class Plan:
     gpu: Gpu
 
 
-def apply(config: Config, layout: Layout, setting: Setting) -> Config:
+def apply(config: RunConfig, layout: Layout, setting: Setting) -> RunConfig:
     """The configuration with a layout and a setting, unchecked."""
     parallel = config.parallel.model_copy(
         update={
@@ -134,12 +136,15 @@ def apply(config: Config, layout: Layout, setting: Setting) -> Config:
         }
     )
     batch = config.batch.model_copy(update={"microbatch_rows": setting.microbatch_rows})
-    loss = config.loss.model_copy(update={"chunk_rows": setting.loss_chunk_rows})
-    return config.model_copy(update={"parallel": parallel, "batch": batch, "loss": loss})
+    tables: dict[str, Table] = {"parallel": parallel, "batch": batch}
+    if isinstance(config, Config):
+        loss = config.loss.model_copy(update={"chunk_rows": setting.loss_chunk_rows})
+        tables["loss"] = loss
+    return config.model_copy(update=tables)
 
 
 def evaluate(
-    config: Config, layout: Layout, setting: Setting, gpu: Gpu, shape: ModelShape
+    config: RunConfig, layout: Layout, setting: Setting, gpu: Gpu, shape: ModelShape
 ) -> Candidate | Rejection:
     """A candidate in the lightest recompute mode that fits, or why there is none."""
     config = apply(config, layout, setting)
@@ -170,7 +175,7 @@ def evaluate(
     )
 
 
-def _refused(config: Config, layout: Layout, setting: Setting) -> Rejection | None:
+def _refused(config: RunConfig, layout: Layout, setting: Setting) -> Rejection | None:
     """What training would say of it at start-up."""
     try:
         check_layout(config, layout)
@@ -180,7 +185,7 @@ def _refused(config: Config, layout: Layout, setting: Setting) -> Rejection | No
     return None
 
 
-def search(config: Config, num_gpus: int, gpu: Gpu) -> Plan:
+def search(config: RunConfig, num_gpus: int, gpu: Gpu) -> Plan:
     """All layouts of ``num_gpus``, ranked. Raises ConfigError when none works."""
     shape = model_shape(config.model, config.optim)
     rejections = Rejections()
@@ -205,7 +210,7 @@ def search(config: Config, num_gpus: int, gpu: Gpu) -> Plan:
     return Plan(ranking, rejections, gpu)
 
 
-def layouts(config: Config, num_gpus: int, gpu: Gpu) -> Iterator[Layout]:
+def layouts(config: RunConfig, num_gpus: int, gpu: Gpu) -> Iterator[Layout]:
     """Every way to spread the axes, within limits of good sense.
 
     Tensor parallelism stays on one node; a pipeline has at most ``MAX_PP`` ranks; a group of
@@ -229,7 +234,7 @@ def layouts(config: Config, num_gpus: int, gpu: Gpu) -> Iterator[Layout]:
                         yield Layout(pp, rest // dp_shard, dp_shard, cp, tp, ep)
 
 
-def settings(config: Config, layout: Layout) -> Iterator[Setting]:
+def settings(config: RunConfig, layout: Layout) -> Iterator[Setting]:
     """Microbatches, schedules and gathering that make sense with a layout."""
     batch = config.batch
     per_rank = batch.rows_per_step // layout.dp
@@ -239,7 +244,8 @@ def settings(config: Config, layout: Layout) -> Iterator[Setting]:
         for rows in divisors(per_rank)
         if rows == 1 or rows * positions <= MAX_MICROBATCH_TOKENS
     ] or [batch.microbatch_rows]
-    chunk = max(config.loss.chunk_rows, LOSS_CHUNK_ROWS)
+    own = Setting.of(config).loss_chunk_rows
+    chunk = max(own, LOSS_CHUNK_ROWS) if own else 0
     for num_rows in rows:
         if layout.pp == 1:
             yield Setting(num_rows, True, "1f1b", 1, chunk)

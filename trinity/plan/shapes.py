@@ -14,16 +14,20 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from trinity.core.config import ModelConfig, OptimConfig
-from trinity.models.lm import LanguageModel
+from trinity.core.config import OptimConfig
+from trinity.core.model_config import BackboneConfig
+from trinity.models.build import model_on_meta
+from trinity.models.staged import StagedModel
+from trinity.nn.patch_ends import ImageCondition
 from trinity.optim.groups import parameter_table
 from trinity.parallel.mesh import Layout, expert_shard_dim
 from trinity.parallel.tensor import CUT_BY_COLUMNS, CUT_BY_ROWS
 from trinity.plan.mixers import MixerShape, mixer_shape
 
-Group = Literal["matrices", "experts", "exact", "words"]
+CUT_INTO_WORDS = ("embed_tokens", "lm_head")
+Group = Literal["matrices", "experts", "exact", "ends"]
 """Which FSDP group a parameter belongs to: its block's matrices, its block's experts, norms and
-routers (gathered in fp32), or embedding and head."""
+routers (gathered in fp32), or one of the ends: embedding and head, or those of images."""
 
 
 class Weight(NamedTuple):
@@ -114,14 +118,33 @@ def sizes(weights: tuple[Weight, ...], layout: Layout, group: Group | None = Non
     return total
 
 
+class EndGroup(NamedTuple):
+    """Parameters outside the blocks that FSDP gathers together: those of one module."""
+
+    weights: tuple[Weight, ...]
+    is_exact: bool
+    """Gathered in fp32 in any precision."""
+
+    def sizes(self, layout: Layout) -> Sizes:
+        """Elements on a rank."""
+        return sizes(self.weights, layout)
+
+
 @dataclass(frozen=True, eq=False)
 class EndShape:
-    """Embedding, head and final norm, or some of them, or none. Compared by identity."""
+    """What comes before and after the blocks, or some of it, or nothing. Compared by identity."""
 
-    words: tuple[Weight, ...]
+    groups: tuple[EndGroup, ...]
     norms: tuple[Weight, ...]
-    has_embedding: bool
-    has_head: bool
+    has_first: bool
+    """Whether what comes before the blocks is there: the embedding, or that of patches."""
+    has_last: bool
+    """Whether the head is."""
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """All of them."""
+        return (*(weight for group in self.groups for weight in group.weights), *self.norms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +179,7 @@ class BlockShape:
 class ModelShape:
     """Everything a plan needs to know of a model. Compared by identity."""
 
-    config: ModelConfig
+    config: BackboneConfig
     kinds: tuple[BlockShape, ...]
     kind_of_layer: tuple[int, ...]
     ends: dict[tuple[bool, bool], EndShape]
@@ -165,8 +188,7 @@ class ModelShape:
     @property
     def num_parameters(self) -> int:
         """Elements of all parameters, balancing biases not counted."""
-        whole = self.ends[True, True]
-        weights = [*whole.words, *whole.norms]
+        weights = [*self.ends[True, True].weights]
         weights += [w for kind in self.kind_of_layer for w in self.kinds[kind].weights]
         return sum(math.prod(weight.shape) for weight in weights)
 
@@ -187,13 +209,11 @@ class OtherMixer(NamedTuple):
 
 
 def model_shape(
-    config: ModelConfig, optim: OptimConfig, mixer: OtherMixer | None = None
+    config: BackboneConfig, optim: OptimConfig, mixer: OtherMixer | None = None
 ) -> ModelShape:
     """The shape of a model whose optimizers are chosen by ``optim``."""
-    named = {
-        name: tuple(parameter.shape)
-        for name, parameter in LanguageModel.on_meta(config).named_parameters()
-    }
+    model = model_on_meta(config)
+    named = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if mixer is not None:
         named = dict(_with_mixer(named, mixer))
     table = parameter_table(
@@ -214,16 +234,21 @@ def model_shape(
         if alike == len(kinds):
             kinds.append(kind)
         kind_of_layer.append(alike)
-    return ModelShape(config, tuple(kinds), tuple(kind_of_layer), _ends(weights))
+    return ModelShape(config, tuple(kinds), tuple(kind_of_layer), _ends(model, weights))
 
 
-def _ends(weights: dict[str, Weight]) -> dict[tuple[bool, bool], EndShape]:
+def _ends(model: StagedModel, weights: dict[str, Weight]) -> dict[tuple[bool, bool], EndShape]:
+    def groups(names: Iterable[str]) -> Iterable[EndGroup]:
+        for name in names:
+            own = [weight for key, weight in weights.items() if key.startswith(f"{name}.")]
+            yield EndGroup(tuple(own), isinstance(getattr(model, name), ImageCondition))
+
     ends = {}
     for first in (False, True):
         for last in (False, True):
-            words = [weights["embed_tokens.weight"]] * first + [weights["lm_head.weight"]] * last
+            names = (*(model.FIRST if first else ()), *(model.LAST if last else ()))
             norms = [weights["backbone.norm.weight"]] * last
-            ends[first, last] = EndShape(tuple(words), tuple(norms), first, last)
+            ends[first, last] = EndShape(tuple(groups(names)), tuple(norms), first, last)
     return ends
 
 
@@ -242,14 +267,14 @@ def _weight(name: str, shape: tuple[int, ...], is_muon: bool) -> Weight:
     module = name.split(".")[-2]
     is_shared = ".ffn.shared." in name
     group: Group = "matrices"
-    if name.startswith(("embed_tokens", "lm_head")):
-        group = "words"
+    if not name.startswith("backbone."):
+        group = "ends"
     elif ".experts." in name:
         group = "experts"
-    elif module in ("router", "rates", "skip") or module.endswith("norm"):
+    elif module in ("router", "rates", "skip", "adaln") or module.endswith("norm"):
         group = "exact"
     tp_dim = None
-    if group == "words" or (group != "experts" and module in CUT_BY_ROWS and not is_shared):
+    if module in CUT_INTO_WORDS or (group != "experts" and module in CUT_BY_ROWS and not is_shared):
         tp_dim = 0
     elif group == "matrices" and module in CUT_BY_COLUMNS and not is_shared:
         tp_dim = 1

@@ -120,22 +120,29 @@ class _Ledger:
 
 def _parameters(case: Case, part: StagePart, ledger: _Ledger) -> None:
     """FSDP: one collective per block for its matrices and one for its experts."""
-    words = [sizes((weight,), case.layout) for weight in part.ends.words]
     norms = [sizes((weight,), case.layout) for weight in part.ends.norms]
     exact = _total(case, part, "exact")
     for kind, count in part.kinds:
         _group(case, ledger, kind.sizes(case.layout, "matrices"), "fsdp", count)
         _group(case, ledger, kind.sizes(case.layout, "experts"), "expert_fsdp", count)
-    for held in words:
-        _group(case, ledger, held, "fsdp", 1)
+    for group in part.ends.groups:
+        _group(case, ledger, group.sizes(case.layout), "fsdp", 1, is_exact=group.is_exact)
     for held in (exact, *norms):
-        _group(case, ledger, held, "fsdp", 1, is_exact=True)
+        _group(case, ledger, held, "fsdp", 1, is_exact=True, is_kept=True)
 
 
 def _group(
-    case: Case, ledger: _Ledger, held: Sizes, axis: str, count: int, *, is_exact: bool = False
+    case: Case,
+    ledger: _Ledger,
+    held: Sizes,
+    axis: str,
+    count: int,
+    *,
+    is_exact: bool = False,
+    is_kept: bool = False,
 ) -> None:
-    gathers = case.exact_gathers_per_step if is_exact else case.gathers_per_step
+    """``is_exact``: gathered in fp32; ``is_kept``: and kept from forward to backward."""
+    gathers = case.exact_gathers_per_step if is_kept else case.gathers_per_step
     gathered = case.state_bytes if is_exact else case.compute_bytes
     reduces = count * case.reduces_per_step
     ledger.add("gather", "all-gather", axis, gathered * held.gathered, count * gathers)
@@ -157,14 +164,24 @@ def _tensor(case: Case, part: StagePart, ledger: _Ledger) -> None:
     blocks = sum(count for _, count in part.kinds)
     dense = sum(count for kind, count in part.kinds if not kind.has_experts)
     branches, moe = blocks + dense, blocks - dense
-    ends = part.has_embedding + part.has_head
+    # Every rank has the ends of images whole.
+    is_image = case.shape.config.is_image
+    ends = 0 if is_image else part.has_first + part.has_last
     if case.config.parallel.sequence_parallel:
         calls = num * (branches * (again + 1) + ends)
         ledger.add("tensor", "all-gather", "tp", whole, calls)
         ledger.add("tensor", "reduce-scatter", "tp", whole, calls)
     else:
         ledger.add("tensor", "all-reduce", "tp", whole, num * (branches * (again + 1) + ends))
-        ledger.add("tensor", "all-gather", "tp", whole, num * moe * (again + 1))
+        # Outputs of experts; gradients of what experts are given, and routers of images too.
+        gathers = moe * (again + 1)
+        if is_image:
+            gathers += moe * (1 + case.is_packed) + part.has_last
+            if not case.is_packed:  # gradients of one noise level a row
+                rows = case.config.batch.microbatch_rows
+                level = rows * case.shape.config.hidden_size * case.compute_bytes
+                ledger.add("tensor", "all-reduce", "tp", level, num * moe)
+        ledger.add("tensor", "all-gather", "tp", whole, num * gathers)
     # Gradients of what all ranks hold and each used on its own positions.
     elements, weights = _uncut(part, case.layout)
     mean_bytes = case.reduce_bytes * elements / max(1, weights)
@@ -180,30 +197,34 @@ def _uncut(part: StagePart, layout: Layout) -> tuple[int, int]:
             if weight.tp_dim is None and weight.group in ("matrices", "exact"):
                 elements += count * sizes((weight,), layout).gathered
                 number += count
+    for group in part.ends.groups:
+        for weight in group.weights:
+            if weight.tp_dim is None:
+                elements += sizes((weight,), layout).gathered
+                number += 1
     return elements, number
 
 
 def _context(case: Case, part: StagePart, ledger: _Ledger) -> None:
-    """Keys and values of earlier positions, or states, and their gradients back; the last rank
-    gets most."""
+    """Keys and values of earlier positions, or of images all of them, or states, and their
+    gradients back. Of texts the last rank gets most; what is read both ways is even."""
     layout, batch = case.layout, case.config.batch
     positions = batch.sequence_length // layout.cp
     for kind, count in part.kinds:
         mixer = kind.mixer
-        microbatches = count * case.num_microbatches
-        calls = microbatches * (case.forward_passes + 1)
-        if not mixer.sees_tokens:
-            states = layout.cp * batch.microbatch_rows * FP32 * mixer.state / layout.tp
-            if states:
-                forward = microbatches * case.forward_passes
-                ledger.add("context", "all-gather", "cp", states, forward)
-                ledger.add("context", "reduce-scatter", "cp", states, microbatches)
-            continue
+        passes = count * case.num_microbatches * mixer.ways
         row = (mixer.key + mixer.value) // layout.tp * case.compute_bytes
-        _, receive = halo_positions(layout.cp - 1, layout.cp, positions, mixer.window)
-        received = sum(receive) * batch.microbatch_rows * row
-        whole = received * layout.cp / (layout.cp - 1)
-        ledger.add("context", "all-to-all", "cp", whole, calls)
+        if mixer.sees_tokens and mixer.is_causal:
+            _, receive = halo_positions(layout.cp - 1, layout.cp, positions, mixer.window)
+            received = sum(receive) * batch.microbatch_rows * row / mixer.ways
+            whole = received * layout.cp / (layout.cp - 1)
+            ledger.add("context", "all-to-all", "cp", whole, passes * (case.forward_passes + 1))
+            continue
+        gathered = layout.cp * batch.microbatch_rows * FP32 * mixer.state / layout.tp
+        if mixer.sees_tokens:
+            gathered = batch.microbatch_rows * batch.sequence_length * row
+        ledger.add("context", "all-gather", "cp", gathered, passes * case.forward_passes)
+        ledger.add("context", "reduce-scatter", "cp", gathered, passes)
 
 
 def _dispatch(case: Case, part: StagePart, ledger: _Ledger) -> None:
@@ -219,8 +240,9 @@ def _dispatch(case: Case, part: StagePart, ledger: _Ledger) -> None:
 
 def _pipeline(case: Case, part: StagePart, ledger: _Ledger) -> None:
     """Hidden states from the stage before, their gradients from the stage after."""
-    boundaries = 2 * case.stages_per_rank - part.has_embedding - part.has_head
-    hidden = case.stream_tokens * case.shape.config.hidden_size * case.compute_bytes
+    boundaries = 2 * case.stages_per_rank - part.has_first - part.has_last
+    positions = case.stream_tokens + case.extra_positions
+    hidden = positions * case.shape.config.hidden_size * case.compute_bytes
     pp = case.layout.pp
     # Not a share of a collective: all of it is received.
     whole = hidden * pp / (pp - 1)

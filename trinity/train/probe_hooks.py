@@ -6,6 +6,10 @@ neither keeps nor counts (:func:`trinity.ops.common.scratch_bmm`).
 
 Compiled blocks are left alone: a hook inside one would either not be called or become part of the
 graph for good, as the compiler guards no hooks. Of a compiled model only the head is measured.
+
+A model of images has no vocabulary, so nothing is measured at its head. What rows of images are
+filled up with counts for nothing, except that experts are asked for the first rows that they get,
+whatever these are.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trinity.core.batch import IGNORED_TARGET
+from trinity.core.image_run_config import ImageRunConfig
 from trinity.core.model_config import PRESETS
 from trinity.nn.attention import GatedAttention
 from trinity.nn.block import Block
@@ -35,6 +40,8 @@ EXPERT_ROWS = 8
 """Rows of each expert whose outputs are formed again, in each microbatch."""
 HEAD_TOKENS = 256
 """Tokens of a microbatch whose logits are formed again."""
+BUCKETS = 3
+"""Place of the ranges of noise levels among what a mixture of experts of images is given."""
 
 
 class ForwardProbes:
@@ -62,22 +69,21 @@ class ForwardProbes:
             "router_count": filled(0, num_layers),
             "output_norm": filled(0, num_layers, shape.num_experts),
             "output_rows": filled(0, num_layers, shape.num_experts),
-            "logit_sum": filled(0, 1),
-            "logit_count": filled(0, 1),
         }
-        self.maxima = {
-            "logit_max": filled(-torch.inf, 1),
-            "attention_logit": filled(-torch.inf, len(self.attention_layers)),
-        }
+        self.maxima = {"attention_logit": filled(-torch.inf, len(self.attention_layers))}
+        if not shape.is_image:
+            self.sums |= {"logit_sum": filled(0, 1), "logit_count": filled(0, 1)}
+            self.maxima["logit_max"] = filled(-torch.inf, 1)
+        self._counts_BS: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Measure the passes inside the ``with`` block."""
         with contextlib.ExitStack() as stack:
             for stage in self.model.stages:
-                head = stage.model.lm_head
-                if head is not None:
-                    stack.enter_context(head.register_forward_pre_hook(self._head))
+                for end in stage.model.ends():
+                    if isinstance(end, VocabularyHead):
+                        stack.enter_context(end.register_forward_pre_hook(self._head))
                 if self.model.config.train.compile:
                     continue
                 for name, block in stage.model.backbone.layers.items():
@@ -88,6 +94,8 @@ class ForwardProbes:
         assert isinstance(block, Block)
         if isinstance(block.ffn, MoE):
             row = self.model.config.model.moe_layers.index(layer)
+            hook = partial(self._arrive, row)
+            stack.enter_context(block.ffn.register_forward_pre_hook(hook))
             hook = partial(self._router, row)
             stack.enter_context(block.ffn.router.register_forward_hook(hook))
             # After FSDP2's own hook, which has gathered the weights.
@@ -96,7 +104,15 @@ class ForwardProbes:
         if layer in self.attention_layers:
             assert isinstance(block.mixer, GatedAttention | LinearMixer)
             slot = self.maxima["attention_logit"][self.attention_layers.index(layer)]
-            stack.enter_context(AttentionProbe(block.mixer, slot, self.model.layout.cp).installed())
+            config = self.model.config
+            num_images = config.images_per_row if isinstance(config, ImageRunConfig) else None
+            probe = AttentionProbe(block.mixer, slot, self.model.layout.cp, num_images)
+            stack.enter_context(probe.installed())
+
+    def _arrive(self, row: int, _moe: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Which tokens count: of images, those in a range of noise levels."""
+        if len(args) > 1 and not is_replay():
+            self._counts_BS[row] = args[BUCKETS] >= 0
 
     @torch.no_grad()
     def _router(self, row: int, _router: nn.Module, _args: Any, routing: Routing) -> None:
@@ -111,9 +127,12 @@ class ForwardProbes:
         with exact_dtypes(scores_TE):
             limits = torch.finfo(scores_TE.dtype)
             logits_TE = torch.logit(scores_TE.clamp(limits.tiny, 1 - limits.eps / 2))
-            squares = logits_TE.square_().sum(dtype=torch.float64)
-        self.sums["router_square"][row] += squares
-        self.sums["router_count"][row] += scores_TE.numel()
+            squares_T = logits_TE.square_().sum(1, dtype=torch.float64)
+        counts_BS = self._counts_BS.pop(row, squares_T.new_ones(1, 1, dtype=torch.bool))
+        squares_BS = squares_T.view(len(counts_BS), -1)
+        self.sums["router_square"][row] += squares_BS.where(counts_BS, 0.0).sum()
+        num_tokens = counts_BS.expand_as(squares_BS).sum()
+        self.sums["router_count"][row] += num_tokens * scores_TE.shape[1]
 
     @torch.no_grad()
     def _experts(self, row: int, experts: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:

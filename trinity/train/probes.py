@@ -5,6 +5,8 @@ which are of a sample: outputs of experts (the first rows that each gets of a mi
 the head and of attention (evenly spread positions of each microbatch). With context parallelism the
 sample is that of one process where a rank's positions are a multiple of the distance between
 samples. Maxima and means are over all microbatches.
+
+A model of images has no vocabulary: its readings lack the logits of the head.
 """
 
 from __future__ import annotations
@@ -77,14 +79,14 @@ class Probes:
             for kind, key in KINDS.items()
         }
         self._routers = [
-            (config_row, moe.router, named[name])
-            for (config_row, moe), name in zip(model.moe_rows(), _router_names(model), strict=True)
+            (row, moe.router, [named[name] for name in names])
+            for (row, moe), names in zip(model.moe_rows(), _router_names(model), strict=True)
         ]
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
         self._before: dict[str, list[Tensor]] | None = None
         self._biases_before: list[Tensor] = []
-        self._last_routers: list[Tensor] | None = None
+        self._last_routers: list[list[Tensor]] | None = None
         self._has_drift = False
 
     def arriving(self) -> contextlib.AbstractContextManager[None]:
@@ -144,15 +146,15 @@ class Probes:
         layers = (len(self.model.config.model.moe_layers),)
         self._sums["drift"] = _filled(self.model.device, layers, 0.0)
         self._sums["router_weight"] = _filled(self.model.device, layers, 0.0)
-        parameters = [parameter for _, _, parameter in self._routers]
-        now = [local_tensor(parameter) for parameter in parameters]
+        now = [[local_tensor(p) for p in parameters] for _, _, parameters in self._routers]
         # No rank may leave this out: with a pipeline, some have no router.
         self._has_drift = self._last_routers is not None
-        last = self._last_routers or [torch.full_like(part, torch.nan) for part in now]
-        for (row, _, parameter), part, earlier in zip(self._routers, now, last, strict=True):
-            self._sums["router_weight"][row] = self._squares([part], [parameter])[0]
-            self._sums["drift"][row] = self._squares([part - earlier], [parameter])[0]
-        self._last_routers = [part.clone() for part in now]
+        last = self._last_routers or [[torch.full_like(p, torch.nan) for p in own] for own in now]
+        for (row, _, parameters), own, earlier in zip(self._routers, now, last, strict=True):
+            self._sums["router_weight"][row] = self._squares(own, parameters)[0]
+            moves = torch._foreach_sub(own, earlier)
+            self._sums["drift"][row] = self._squares(moves, parameters)[0]
+        self._last_routers = [[part.clone() for part in own] for own in now]
 
     def _squares(self, parts: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
         """This rank's share of the sum of squares of ``parts`` of ``parameters``, fp64 (1,)."""
@@ -204,7 +206,8 @@ def values(reading: Reading) -> dict[str, float | int | list[float] | None]:
     ``rank_ms`` are the times of a fixed piece of work, ``late_ms`` how much later than the first
     rank each came to the step's first sum; on a GPU both may be those of the reading before.
     ``*_layers`` have an entry for each layer with experts, or with attention, in the order of the
-    model. What was not finite is NaN or infinite. ``silent_experts`` counts over all layers.
+    model. What was not finite is NaN or infinite. ``silent_experts`` counts over all layers. A
+    router's drift is that of all its weights, those for the noise level included.
     """
     if reading.arrived is not None:
         reading.arrived.synchronize()
@@ -225,9 +228,10 @@ def values(reading: Reading) -> dict[str, float | int | list[float] | None]:
     record["router_logit_rms"] = _worst(router_rms)
     drift = (sums["drift"] / sums["router_weight"]).sqrt()
     record["router_drift"] = _worst(drift) if reading.has_drift else None
-    record["logit_max"] = _worst(maxima["logit_max"])
-    has_logits = bool(sums["logit_count"])
-    record["logit_mean"] = float(sums["logit_sum"] / sums["logit_count"]) if has_logits else None
+    if "logit_max" in maxima:
+        record["logit_max"] = _worst(maxima["logit_max"])
+        mean = float(sums["logit_sum"] / sums["logit_count"]) if sums["logit_count"] else None
+        record["logit_mean"] = mean
     attention = maxima["attention_logit"]
     record["attention_logit_max"] = _worst(attention)
     record["bias_norm_layers"] = maxima["bias_norm"].tolist()
@@ -292,10 +296,13 @@ def _root_mean_square(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
 
 
-def _router_names(model: ParallelModel) -> list[str]:
-    """Names of the routers' weights, in the order of ``model.moe_rows()``."""
+def _router_names(model: ParallelModel) -> list[list[str]]:
+    """Names of each router's weights, in the order of ``model.moe_rows()``."""
     return [
-        f"backbone.layers.{name}.ffn.router.weight"
+        [
+            f"backbone.layers.{name}.ffn.router.{part}"
+            for part, _ in block.ffn.router.named_parameters()
+        ]
         for stage in model.stages
         for name, block in stage.model.backbone.layers.items()
         if isinstance(block.ffn, MoE)

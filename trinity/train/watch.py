@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import statistics
 from collections import deque
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trinity.core.config import Config
+from trinity.core.config import RunConfig
+from trinity.models.backbone import load_shape
 from trinity.nn.balance import load_entropy, max_violation
+from trinity.train.probe_noise import most_information, range_information, range_violation
 from trinity.train.stability import MAD_TO_SIGMA
 from trinity.train.step import StepResult
 
@@ -27,6 +30,8 @@ DEAD_STEPS = 20
 """Steps without a token that make an expert a dead one."""
 SLOPE_STEPS = (100.0, 1000.0)
 """Memories of the two running means whose difference is the slope of MaxVio."""
+NOISE_STEPS = 100.0
+"""Memory of the loads by noise level: one step has too few images to fill every level evenly."""
 
 
 class Watch:
@@ -36,21 +41,24 @@ class Watch:
     is part of the checkpoint.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self._rewind = config.rewind
         model = config.model
+        self._num_chosen = model.num_experts_per_tok
+        self._load_shape = (len(model.moe_layers), *load_shape(model))
         self._most_vio = model.num_experts / model.num_experts_per_tok - 1.0
         self._block: deque[float] = deque(maxlen=BLOCK_STEPS)
         self._calm: deque[float] = deque(maxlen=CALM_STEPS)
         self._best = math.inf
         self._vio_means: list[float] = []
         self._idle_LE: Tensor | None = None
+        self._load_LUE: Tensor | None = None
         self.spikes: list[int] = []
         """Recent steps whose loss was a spike or not finite."""
         self.skipped: list[int] = []
         """Recent steps that were not applied."""
 
-    def observe(self, step: int, result: StepResult) -> dict[str, float]:
+    def observe(self, step: int, result: StepResult) -> dict[str, Any]:
         """Take the numbers of ``step``; returns those that follow from it and its past."""
         oldest = step - max(SKIPS_AMONG, self._rewind.window_steps)
         self.spikes = [s for s in self.spikes if oldest < s < step]
@@ -65,9 +73,10 @@ class Watch:
             "loss_drift": self._drift(result),
             "num_skipped": sum(s > step - SKIPS_AMONG for s in self.skipped),
             **self._balance(result.load_LE.float()),
+            **self._noise(result.load_LUE),
         }
 
-    def rewind_reason(self, step: int, values: dict[str, float]) -> str | None:
+    def rewind_reason(self, step: int, values: dict[str, Any]) -> str | None:
         """Why the run should go back, if it should."""
         config = self._rewind
         recent = [s for s in self.spikes if s > step - config.window_steps]
@@ -91,6 +100,7 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """Everything but the idle experts, as JSON."""
+        load = self._load_LUE
         return {
             "block": list(self._block),
             "calm": list(self._calm),
@@ -98,6 +108,7 @@ class Watch:
             "vio_means": self._vio_means,
             "spikes": self.spikes,
             "skipped": self.skipped,
+            "load_by_sigma": None if load is None else _packed(load),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -108,6 +119,8 @@ class Watch:
         self._vio_means = list(state["vio_means"])
         self.spikes, self.skipped = list(state["spikes"]), list(state["skipped"])
         self._idle_LE = None
+        packed = state.get("load_by_sigma")
+        self._load_LUE = None if packed is None else _unpacked(packed, self._load_shape)
 
     def _drift(self, result: StepResult) -> float:
         """How far the loss has risen from its best level; 1 and more is a divergence."""
@@ -143,3 +156,31 @@ class Watch:
             "load_entropy": float(load_entropy(load_LE).min()),
             "dead_experts": int((self._idle_LE >= DEAD_STEPS).sum()),
         }
+
+    def _noise(self, load_LUE: Tensor | None) -> dict[str, Any]:
+        """How far experts have specialised by noise level, of images; of about the last
+        ``NOISE_STEPS`` steps."""
+        if load_LUE is None or not len(load_LUE):
+            return {}
+        kept = 0.0 if self._load_LUE is None else self._load_LUE * (1 - 1 / NOISE_STEPS)
+        self._load_LUE = load = load_LUE.double() + kept
+        worst = float(range_violation(load).max())
+        information_L = range_information(load)
+        tiny = torch.finfo(load.dtype).tiny
+        share_L = information_L / most_information(load, self._num_chosen).clamp(min=tiny)
+        return {
+            "sigma_max_vio": worst,
+            "sigma_vio_share": worst / self._most_vio if self._most_vio else 0.0,
+            "sigma_information": float(information_L.max()),
+            "sigma_information_share": float(share_L.max()),
+            "sigma_information_layers": information_L.tolist(),
+        }
+
+
+def _packed(x: Tensor) -> str:
+    """fp64 numbers as text, many times shorter than a list of them, and exact."""
+    return base64.b64encode(x.numpy().tobytes()).decode("ascii")
+
+
+def _unpacked(text: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float64).view(shape)
