@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="of the configuration, key=value")
     parser.add_argument("--run", type=Path, help="judge this finished run instead of training")
-    parser.add_argument("--keep", type=Path, help="train in this directory, and leave the run there")
+    parser.add_argument("--keep", type=Path, help="train in this directory")
     parser.add_argument("--samples", type=int, default=SAMPLES_PER_CLASS, help="of each class")
     parser.add_argument("--picture", type=Path, default=None)
     parser.add_argument("--save", action="store_true", help="keep numbers and picture")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,23 +113,46 @@ def digits() -> str:
             f"| one half of the real digits against the other | {real['frechet_distance']:.2f} | "
             f"{real['sliced_wasserstein']:.3f} |",
             "",
-            "`python -m tools.dit_digits --save` makes them again; distances are in the features of "
-            "that classifier, or in pixels.",
+            "`python -m tools.dit_digits --save` makes them again; distances are in the "
+            "features of that classifier, or in pixels.",
         ]
     )
 
 
+def dynamic_patches() -> str:
+    """Quality against speed of the samplers of a small FLUX model."""
+    saved = json.loads((RESULTS / "ddit_flux.json").read_text(encoding="utf-8"))
+    rows = saved["methods"]
+    lines = [
+        "| sampler | speed | tokens | GFLOP | Frechet | sliced Wasserstein | class right | PSNR "
+        "| SSIM |",
+        "| --- " * 9 + "|",
+    ]
+    for row in rows:
+        near = f"{row['psnr']:.1f} | {row['ssim']:.3f}" if "psnr" in row else "|"
+        lines.append(
+            f"| {row['name']} | {rows[0]['cpu_ms'] / row['cpu_ms']:.2f}x | "
+            f"{row['token_share']:.0%} | {row['gflops']:.1f} | {row['frechet_distance']:.2f} | "
+            f"{row['sliced_wasserstein']:.4f} | {row['class_accuracy']:.1%} | {near} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Replace every marked section."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    sections = (
+    in_readme = (
         ("make train", train_log()),
         ("ledger", parity_ledger()),
         ("planner", planner_tables()),
         ("dit_digits", digits()),
         ("train_step", step_table()),
     )
+    _replace(ROOT / "README.md", in_readme)
+    _replace(ROOT / "docs/dynamic_patches.md", (("ddit_flux", dynamic_patches()),))
+
+
+def _replace(path: Path, sections: Iterable[tuple[str, str]]) -> None:
+    text = path.read_text(encoding="utf-8")
     for name, section in sections:
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         before, rest = text.split(begin)

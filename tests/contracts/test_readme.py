@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,8 +89,23 @@ def _trained(run_dir: Path, tiny_toml: Path) -> Path:
     return run_dir
 
 
+@pytest.fixture
+def images_run_copy(request: pytest.FixtureRequest, command: str, tmp_path: Path) -> Path:
+    """A finished run on images, for commands that name one."""
+    if "runs/dit_tiny-DATE" in command:
+        shutil.copytree(request.getfixturevalue("images_run"), tmp_path / "images")
+    return tmp_path / "images"
+
+
 @pytest.mark.parametrize("command", _commands())
-def test_command(command: str, run_dir: Path, tiny_toml: Path, tmp_path: Path) -> None:
+def test_command(
+    command: str,
+    run_dir: Path,
+    tiny_toml: Path,
+    tiny_images_toml: Path,
+    images_run_copy: Path,
+    tmp_path: Path,
+) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         recipe = _run(["make", "--dry-run", "--always-make", *words[1:]], ROOT)
@@ -108,10 +124,16 @@ def test_command(command: str, run_dir: Path, tiny_toml: Path, tmp_path: Path) -
             replaced.append(str(_trained(run_dir, tiny_toml).parent))
         elif word == "configs/tiny.toml" and words[1] != "params":
             replaced.append(str(tiny_toml))
-        elif word.startswith("exported"):
+        elif word.startswith("runs/dit_tiny-DATE"):
+            replaced.append(str(images_run_copy))
+        elif word == "configs/dit_tiny.toml":
+            replaced.append(str(tiny_images_toml))
+        elif word.startswith("exported") or word.endswith((".png", ".safetensors")):
             replaced.append(str(tmp_path / word))
         else:
             replaced.append(word)
+    if words[1] == "sample-images" and "--output" not in words:
+        replaced += ["--output", str(tmp_path / "samples.png")]
     if words[1] in SERVERS:
         _serves([*replaced, "--port", "0"])
     elif words[0] == "python":

@@ -10,13 +10,15 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from tools import ledger
-from tools.ledger import LAYOUTS, TOLERANCE, VARIANTS, Outcome, compare, run_layout
+from tools.ledger import DIT, LAYOUTS, TOLERANCE, VARIANTS, Outcome, compare, run_layout
 from tools.ranks import on_ranks
+from trinity.ckpt.store import stored_names
 from trinity.nn.feedforward import GroupedExperts
 from trinity.parallel import plan
 from trinity.train.run import create_run_directory
 
 Singles = dict[tuple[str, ...], Outcome]
+SOME_DIT = ("DiT, tp2 x pp2 x fsdp2", "DiT, tp2", "DiT, ep2 x cp2", "DiT, hsdp2x2")
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,13 @@ def singles() -> Singles:
     return {}
 
 
-def _single(root: Path, singles: Singles, dtype: str, overrides: list[str]) -> Outcome:
-    key = (dtype, *overrides)
+def _single(
+    root: Path, singles: Singles, dtype: str, overrides: list[str], *, dit: bool = False
+) -> Outcome:
+    key = ("dit" if dit else "lm", dtype, *overrides)
     if key not in singles:
         directory = root / f"single{len(singles)}"
-        singles[key] = run_layout(directory, dtype, {}, overrides)
+        singles[key] = run_layout(directory, dtype, {}, overrides, dit=dit)
     return singles[key]
 
 
@@ -53,6 +57,22 @@ def test_variant_equals_one_process(root: Path, singles: Singles, name: str) -> 
     axes, overrides = VARIANTS[name]
     outcome = run_layout(root / name.replace(" ", ""), "fp64", axes, overrides)
     _assert_green(compare(outcome, _single(root, singles, "fp64", overrides)), "fp64")
+
+
+# The suite has a row for every axis: these take longer than those of text.
+@pytest.mark.parametrize(
+    "name",
+    [name if name in SOME_DIT else pytest.param(name, marks=pytest.mark.slow) for name in DIT],
+)
+def test_diffusion_transformer_equals_one_process(root: Path, singles: Singles, name: str) -> None:
+    """Its averaged weights count as parameters."""
+    # First, so that the ranks need not import again what reading digits takes.
+    fewer = ["batch.rows_per_step=4"]
+    single = _single(root, singles, "fp64", fewer, dit=True)
+    outcome = run_layout(root / name.replace(" ", ""), "fp64", DIT[name], fewer, dit=True)
+    names = stored_names(outcome.directory / "checkpoints/step-00000002")
+    assert sum(name.startswith("ema.") for name in names) > 100
+    _assert_green(compare(outcome, single), "fp64")
 
 
 @pytest.mark.parametrize("name", ["fsdp2 x ep2", "tp2 x pp2 x fsdp2"])

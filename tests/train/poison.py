@@ -11,14 +11,13 @@ import torch
 
 from trinity.core import job
 from trinity.core.batch import Batch
-from trinity.core.load_config import load_config
+from trinity.core.load_config import load_any_config
+from trinity.data.image_rows import ImageLoader, ImageRows
 from trinity.data.loader import Loader
 from trinity.train.loop import pretrain
 from trinity.train.run import Run, create_run_directory
 
 SMALL = [
-    "model.num_hidden_layers=2",
-    "data.lanes=2",
     "train.validate_every_steps=0",
     "train.precision=fp32",
     "log.tensorboard=false",
@@ -28,6 +27,9 @@ SMALL = [
     "stability.min_steps=10",
 ]
 """A run of a hundred steps within seconds."""
+OF_TEXT = ["model.num_hidden_layers=2", "data.lanes=2"]
+OF_IMAGES = ["model.layer_pattern=WE*E", "images.lanes=2"]
+"""More of the same."""
 GOES_BACK = [
     "stability.skip_spikes=true",
     "train.num_steps=28",
@@ -41,7 +43,10 @@ GOES_BACK = [
 
 @contextlib.contextmanager
 def poisoned(rows: range) -> Iterator[None]:
-    """Inside, these rows of the global stream hold one token after another instead of text."""
+    """Inside, these rows of the global stream hold one token after another instead of text.
+
+    Rows of images hold noise far brighter than any picture.
+    """
     plain = Loader.next_rows
 
     def next_rows(self: Loader, num_rows: int) -> Batch:
@@ -59,8 +64,24 @@ def poisoned(rows: range) -> Iterator[None]:
                 batch.targets_BS[place] = noise.flip(0)
         return batch
 
-    with mock.patch.object(Loader, "next_rows", next_rows):
+    plain_images = ImageLoader.next_rows
+
+    def next_images(self: ImageLoader, num_rows: int) -> ImageRows:
+        got = plain_images(self, num_rows)
+        for number, images in zip(got.row_numbers, got.rows, strict=True):
+            if number in rows:
+                images[:] = [p._replace(pixels=_glare(number, p.pixels.shape)) for p in images]
+        return got
+
+    with (
+        mock.patch.object(Loader, "next_rows", next_rows),
+        mock.patch.object(ImageLoader, "next_rows", next_images),
+    ):
         yield
+
+
+def _glare(row: int, shape: torch.Size) -> torch.Tensor:
+    return 20 * torch.randn(shape, generator=torch.Generator().manual_seed(row))
 
 
 def train(
@@ -72,7 +93,8 @@ def train(
     resume: bool = False,
 ) -> Run:
     """A whole run on this process, or on every rank of a job; ``rows`` are corrupted."""
-    config = load_config(toml, [*SMALL, *overrides])
+    kind = OF_IMAGES if "[images]" in toml.read_text() else OF_TEXT
+    config = load_any_config(toml, [*SMALL, *kind, *overrides])
     if not resume and job.is_first():
         create_run_directory(directory, config)
     job.barrier()

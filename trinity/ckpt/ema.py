@@ -35,7 +35,7 @@ class WeightAverage:
     def update(self, step: int, accept: Tensor | None = None) -> None:
         """Take in the weights after step ``step``, unless ``accept``, a boolean scalar, is false.
 
-        On a GPU nobody waits for ``accept``.
+        On a GPU nobody waits for ``accept``; that takes memory for another copy, for a moment.
         """
         if accept is not None and accept.is_cpu:
             if not accept:

@@ -86,10 +86,12 @@ class FlowBatch(NamedTuple):
 
     def part_of_rows(self, part: int, num_parts: int) -> Self:
         """The part-th of equal consecutive parts of every row. Images count in the first."""
-        cut = self[:5]
-        own = [x.chunk(num_parts, 1)[part].contiguous() for x in cut]
-        counts_BN = self.counts_BN if part == 0 else torch.zeros_like(self.counts_BN)
-        return type(self)(*own, *self[5:9], counts_BN)
+        fields = self._asdict()
+        for name in ("patches_BSP", "targets_BSP", "share_BS", "weight_BS", "scale_BS"):
+            fields[name] = fields[name].chunk(num_parts, 1)[part].contiguous()
+        if part > 0:
+            fields["counts_BN"] = torch.zeros_like(self.counts_BN)
+        return type(self)(**fields)
 
 
 AnyBatch = Batch | FlowBatch

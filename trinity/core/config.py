@@ -14,9 +14,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from trinity.core.model_config import BackboneConfig, ModelConfig
 from trinity.core.model_config import LinearConfig as LinearConfig
 from trinity.core.model_config import Mamba2Config as Mamba2Config
-from trinity.core.model_config import BackboneConfig, ModelConfig
 from trinity.core.stability_config import LogConfig as LogConfig
 from trinity.core.stability_config import RewindConfig as RewindConfig
 from trinity.core.stability_config import StabilityConfig as StabilityConfig

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from trinity.core.draws import Stream, generator_for
-from trinity.core.errors import ConfigError
+from trinity.core.errors import ConfigError, DataError
 from trinity.core.images_config import ImagesConfig
 from trinity.data.build import HELD_OUT, TRAIN
 from trinity.data.images import Condition, ImageDataset
@@ -260,13 +260,16 @@ class ImageLoader(RowStream[ImagePlanner]):
         mine = self.take(num_rows)
         plans = [self._planner.row(row) for row in mine]
         flat = [planned for plan in plans for planned in plan]
-        placed = iter(
-            map(self._read, flat) if self._pool is None else self._pool.map(self._read, flat)
-        )
+        rows = [row for row, plan in zip(mine, plans, strict=True) for _ in plan]
+        read_all = map if self._pool is None else self._pool.map
+        placed = iter(read_all(self._read, rows, flat))
         return ImageRows([[next(placed) for _ in plan] for plan in plans], mine)
 
-    def _read(self, planned: Planned) -> Placed:
-        pixels, condition = self._dataset.read(TRAIN, planned.number)
+    def _read(self, row: int, planned: Planned) -> Placed:
+        try:
+            pixels, condition = self._dataset.read(TRAIN, planned.number)
+        except DataError as error:
+            raise DataError(f"row {row} of the stream: {error}") from None
         pixels = pixels.flip(-1) if planned.flipped else pixels
         return Placed(planned.number, planned.epoch, planned.scale, condition, pixels)
 

@@ -138,9 +138,7 @@ class DiffusionTransformer(StagedModel):
             modulation_BSMD=_of_images(vectors.modulation_BNMD, image_BS),
             time_BSD=_of_images(vectors.time_BND, image_BS),
             bucket_BS=bucket_BS,
-            sight=Sight(
-                coordinates_BSA, documents_BS, first_query=first, num_queries=in_mixer
-            ),
+            sight=Sight(coordinates_BSA, documents_BS, first_query=first, num_queries=in_mixer),
         )
         out = self.backbone.run(x_BSD, rope, documents_BS, conditioning=conditioning)
         return out._replace(hidden_BSD=torch.cat((out.hidden_BSD, behind_BSD), dim=1))
@@ -163,9 +161,7 @@ class DiffusionTransformer(StagedModel):
         final_BSMD = _of_images(ImageVectors.from_positions(behind_BSD).final_BNMD, image_BS)
         return modulate(x_BSD, *final_BSMD.unbind(-2))
 
-    def objective(
-        self, out: BackboneOutput, given: Mapping[str, Tensor], config: Any
-    ) -> LossSums:
+    def objective(self, out: BackboneOutput, given: Mapping[str, Tensor], config: Any) -> LossSums:
         """Squared error of the velocity: a mean over each image's elements, summed over images."""
         assert self.patch_head is not None
         sums = self.patch_head(

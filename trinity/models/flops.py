@@ -78,9 +78,7 @@ def _mixer(config: BackboneConfig, layer_type: str, sequence_length: int) -> flo
     return width * (3 * heads_width + 2 * kv_width) + 2 * heads_width * mean_keys
 
 
-def _mean_keys(
-    local: bool, config: BackboneConfig, sequence_length: int, *, causal: bool
-) -> float:
+def _mean_keys(local: bool, config: BackboneConfig, sequence_length: int, *, causal: bool) -> float:
     """Keys that a token of the row sees, on average; of an image's square those that lie outside
     the image are counted too."""
     if not causal:

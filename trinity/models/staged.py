@@ -86,9 +86,7 @@ class StagedModel(nn.Module):
         """The stream after the blocks that are here."""
 
     @abstractmethod
-    def objective(
-        self, out: BackboneOutput, given: Mapping[str, Tensor], config: Any
-    ) -> LossSums:
+    def objective(self, out: BackboneOutput, given: Mapping[str, Tensor], config: Any) -> LossSums:
         """The loss, by a run's configuration, from what the last block returned."""
 
     def num_extra_positions(self, num_images: int) -> int:

@@ -10,8 +10,8 @@ from trinity.nn.attention import GatedAttention, KeyValueCache
 from trinity.nn.feedforward import SwiGLU
 from trinity.nn.linear_mixer import LinearMixer
 from trinity.nn.mamba2 import Mamba2
-from trinity.nn.moe import MoE
 from trinity.nn.modulation import Conditioning, Modulation, modulate
+from trinity.nn.moe import MoE
 from trinity.nn.norm import RMSNorm
 from trinity.nn.scan_mixer import ScanCache
 

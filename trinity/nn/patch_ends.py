@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,8 +58,8 @@ class PatchHead(nn.Module):
         squared errors instead, in fp32 or wider (see :class:`trinity.core.batch.FlowBatch`)."""
         out_BSP = None
         # Of the weights, not of the modules: an adapter may have put others in their place.
-        num_values = max(linear.weight.shape[0] for linear in self.deembed)
-        for number, linear in enumerate(self.deembed):
+        num_values = max(linear.weight.shape[0] for linear in _linears(self.deembed))
+        for number, linear in enumerate(_linears(self.deembed)):
             part_BSP = linear(x_BSD)
             part_BSP = F.pad(part_BSP, (0, num_values - part_BSP.shape[-1]))
             mine_BSP = torch.where((scale_BS == number).unsqueeze(-1), part_BSP, 0)
@@ -89,7 +90,7 @@ def by_scale(linears: nn.ModuleList, patches_BSP: Tensor, scale_BS: Tensor) -> T
     blocks, and picking rows would wait for the device. Maps of patches larger than P are left out.
     """
     out_BSD = None
-    for number, linear in enumerate(linears):
+    for number, linear in enumerate(_linears(linears)):
         num_values = linear.weight.shape[1]
         if num_values > patches_BSP.shape[-1]:
             continue
@@ -98,6 +99,12 @@ def by_scale(linears: nn.ModuleList, patches_BSP: Tensor, scale_BS: Tensor) -> T
         out_BSD = mine_BSD if out_BSD is None else out_BSD + mine_BSD
     assert out_BSD is not None
     return out_BSD
+
+
+def _linears(modules: nn.ModuleList) -> Iterator[nn.Linear]:
+    for module in modules:
+        assert isinstance(module, nn.Linear)
+        yield module
 
 
 class ImageVectors(NamedTuple):

@@ -22,8 +22,8 @@ from trinity.models.build import model_on_meta
 from trinity.models.staged import StagedModel
 from trinity.nn.block import Block
 from trinity.nn.mamba2 import Skip
-from trinity.nn.moe import MoE, RowSum
 from trinity.nn.modulation import Modulation
+from trinity.nn.moe import MoE, RowSum
 from trinity.nn.norm import RMSNorm
 from trinity.nn.patch_ends import ImageCondition
 from trinity.nn.rates import Rates
@@ -76,9 +76,7 @@ def _shape_stage(config: RunConfig, meshes: Meshes | None, index: int, num_stage
             block.forward = torch.compile(block.forward)
     apply_recompute(model.backbone.layers.values(), config.train.recompute)
     same_loss = meshes.layout.tp if meshes is not None and model.loss_is_whole else 1
-    stage = Stage(
-        model, config, index=index, num_stages=num_stages, num_loss_ranks=same_loss
-    )
+    stage = Stage(model, config, index=index, num_stages=num_stages, num_loss_ranks=same_loss)
     if meshes is not None:
         shard_parameters(stage, meshes, config)
     return stage

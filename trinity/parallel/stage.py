@@ -57,8 +57,9 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, **given: Tensor) -> Tensor:
         """The first field of a batch, or hidden states (B, S, D) from the stage before.
 
-        ``given`` are the other fields of the batch. Returns hidden states for the next stage, or the objective of this microbatch, shape (1,):
-        its share of the step's mean loss, ready for the backward.
+        ``given`` are the other fields of the batch. Returns hidden states for the next stage, or
+        the objective of this microbatch, shape (1,): its share of the step's mean loss, ready for
+        the backward.
         """
         config = self.config
         with autocast(x.device, config.train.precision):
@@ -127,8 +128,8 @@ def stages_of_rank(pp_rank: int, pp: int, config: ParallelConfig) -> list[int]:
 def layers_of_stage(num_layers: int, index: int, num_stages: int) -> range:
     """Blocks of one stage: consecutive, as even as can be.
 
-    What comes before the blocks, and the head with the loss, count as a block each, so the first and the last stage
-    get fewer blocks when the division leaves something over.
+    What comes before the blocks, and the head with the loss, count as a block each, so the first
+    and the last stage get fewer blocks when the division leaves something over.
     """
     weights = [0] * num_stages
     for extra in (0, num_stages - 1):

@@ -23,8 +23,8 @@ from trinity.models.dit import DiffusionTransformer
 from trinity.models.lm import LanguageModel
 from trinity.models.staged import StagedModel
 from trinity.nn.block import Block
-from trinity.nn.moe import MoE
 from trinity.nn.modulation import Modulation
+from trinity.nn.moe import MoE
 from trinity.nn.norm import RMSNorm
 from trinity.ops.loss import VocabularyShard
 from trinity.parallel.collectives import (

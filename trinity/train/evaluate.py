@@ -11,8 +11,9 @@ from trinity.parallel.model import ParallelModel, own_share
 
 
 def validation_loss(model: ParallelModel, batches: Sequence[AnyBatch]) -> float:
-    """What a run's loss is, over all batches: in nats per valid token, or squared error per image; no
-    z or balance term.
+    """What a run's loss is, over all batches; no z or balance term.
+
+    In nats per valid token, or squared error per image.
 
     The batches are shared out among data-parallel ranks; every rank gets the result.
     """

@@ -9,6 +9,7 @@ import torch
 
 from trinity.ckpt.load import load
 from trinity.core.errors import ConfigError
+from trinity.data.build import Dataset
 from trinity.data.tokenizer import Tokenizer
 from trinity.models.generate import generate, stream_tokens
 from trinity.models.lm import LanguageModel
@@ -23,6 +24,7 @@ def sample_text(run: Run, model: LanguageModel, max_new_tokens: int) -> str:
 
     Sampled, not greedy: a short run's most likely text repeats itself.
     """
+    assert isinstance(run.dataset, Dataset)
     tokenizer = run.dataset.tokenizer
     prompt_BS = _encode(tokenizer, run.config.train.sample_prompt).to(run.device)
     tokens_BS = generate(

@@ -78,8 +78,8 @@ def sample(
     else:
         path = {"euler": euler, "heun": heun}[settings.solver](velocity, noise, sigmas)
     z = noise
-    for z in path:  # only the last latents are of interest
-        pass
+    for latents in path:
+        z = latents
     return Drawn(z.cpu(), velocity.path.record(config.tokens_of_image))
 
 
@@ -123,8 +123,8 @@ def calibrated_tau(
         raise ConfigError("there is no tau to calibrate: model.patch_scales=[1] leaves no choice")
     if not never.order <= stop_step < settings.num_steps:
         raise ConfigError(
-            f"--calibrate {coarse_share} of {settings.num_steps} steps is step {stop_step}; it must "
-            f"be one from {never.order} to {settings.num_steps - 1}"
+            f"--calibrate {coarse_share} of {settings.num_steps} steps is step {stop_step}; it "
+            f"must be one from {never.order} to {settings.num_steps - 1}"
         )
     drawn = sample(model, config, condition, settings=settings, seed=seed, policy=never)
     return calibrate_tau(drawn.record.statistic_KBS[:, :, 0], stop_step)

@@ -187,8 +187,8 @@ class _Sums(NamedTuple):
         return self.grad_square.sqrt()
 
     @property
-    def load_LE(self) -> Tensor:
-        """Over all noise levels."""
+    def whole_load(self) -> Tensor:
+        """Over all noise levels, (L, E)."""
         return self.load.sum(1) if self.load.ndim == 3 else self.load
 
 
@@ -218,7 +218,7 @@ def _update(
     if config.optim.grad_clip or config.optim.clip_rule != "fixed":
         clip_factor = clip_gradients(model.parameters(), sums.norm, verdict.max_norm)
     optimizers.step(verdict.accept)
-    move_biases(model.moe_rows(), sums.load_LE, config.balance, verdict.accept)
+    move_biases(model.moe_rows(), sums.whole_load, config.balance, verdict.accept)
     return clip_factor
 
 

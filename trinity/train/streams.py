@@ -100,15 +100,11 @@ def validation_batches(config: RunConfig, dataset: AnyDataset) -> dict[str, list
     """The same held-out rows every time, for each source that has any."""
     num_rows, size = config.train.validation_rows, config.batch.microbatch_rows
     if isinstance(dataset, Dataset):
-        documents = held_out_rows(
-            dataset, config.batch.sequence_length, num_rows, batch_rows=size
-        )
+        documents = held_out_rows(dataset, config.batch.sequence_length, num_rows, batch_rows=size)
         return {name: [*batches] for name, batches in documents.items()}
     assert isinstance(config, ImageRunConfig)
     per_row = config.batch.sequence_length // config.tokens_of_image
-    held_out = held_out_images(
-        dataset, num_rows * per_row, batch_rows=size, images_per_row=per_row
-    )
+    held_out = held_out_images(dataset, num_rows * per_row, batch_rows=size, images_per_row=per_row)
     return {
         name: [flow_batch(_filled_up(rows, size), config, purpose=VALIDATION) for rows in batches]
         for name, batches in held_out.items()
