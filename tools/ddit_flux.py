@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ from trinity.models.patch_sampler import (
     pooled_velocity,
     sample,
 )
-from trinity.models.patch_scheduler import PatchScheduler
+from trinity.models.patch_scheduler import PatchScheduler, calibrate_tau
 from trinity.models.patching import patch_centres, unpatchify
 from trinity.train.distill import DistillConfig, distill
 from trinity.train.feature_network import compare_sets, train_feature_network
@@ -61,8 +62,12 @@ TEXT_WIDTH = 8
 SCALES = (1, 2, 4)
 NUM_STEPS = 50
 SEED = 0
-TAU_QUANTILES = (0.25, 0.5, 0.75, 0.95)
-"""Of the statistic of runs at the base patch: thresholds that are passed that often there."""
+SHIFT = 3.0
+"""Of the noise levels, as FLUX has it: most steps at high noise."""
+STOP_STEPS = (25, 33, 40, 44)
+"""Where coarse steps should end, by thresholds found on runs at the base patch."""
+RULE = PatchScheduler(0.0, sizes=SCALES, normalize="raw")
+"""Raw differences rise towards the end of a shifted schedule, where detail is made."""
 BATCH_IMAGES = 20
 
 LR, TRAIN_ROWS, SAVE_EVERY_STEPS = 1.5e-3, 16, 50
@@ -202,33 +207,31 @@ def methods(adapter: PatchAdapter) -> Iterator[Method]:
     for num_steps in (25, 17):
         yield Method(f"{num_steps} steps", "fewer steps", fine, num_steps=num_steps)
     for name, stages in (
-        ("half at 2x", ((2, 0.5),)),
-        ("4x, 2x, fine", ((4, 0.3), (2, 0.4))),
-        ("4x, then 2x", ((4, 0.4), (2, 0.5))),
+        ("2x to 25", ((2, 0.5),)),
+        ("4x to 15, 2x to 35", ((4, 0.3), (2, 0.4))),
+        ("4x to 30, 2x to 40", ((4, 0.6), (2, 0.2))),
     ):
         yield Method(f"split {name}", "fixed split", FixedSplit(stages))
-    for name, stages in (("2x to 0.6", ((2, 0.4),)), ("4x, 2x to 0.5", ((4, 0.1), (2, 0.4)))):
+    for name, stages in (("2x to 25", ((2, 0.5),)), ("4x to 5, 2x to 35", ((4, 0.1), (2, 0.6)))):
         yield Method(f"pooled {name}", "pooled", FixedSplit(stages), is_pooled=True)
     for threshold in (0.1, 0.2):
         yield Method(f"cache {threshold:g}", "cache", fine, cache=threshold)
-    for quantile, tau in zip(TAU_QUANTILES, thresholds(adapter), strict=True):
-        scheduler = PatchScheduler(tau, sizes=SCALES)
-        yield Method(f"dynamic q{quantile:g}", "dynamic", scheduler)
+    for stop_step, tau in zip(STOP_STEPS, thresholds(adapter), strict=True):
+        scheduler = replace(RULE, tau=tau)
+        yield Method(f"dynamic to {stop_step}", "dynamic", scheduler)
         for threshold in (0.1, 0.2):
-            name = f"dynamic q{quantile:g} + cache {threshold:g}"
+            name = f"dynamic to {stop_step} + cache {threshold:g}"
             yield Method(name, "dynamic + cache", scheduler, cache=threshold)
 
 
 @torch.no_grad()
 def thresholds(adapter: PatchAdapter) -> list[float]:
-    """From a few runs at the base patch."""
+    """One for each of ``STOP_STEPS``, from a few runs at the base patch."""
     labels = torch.arange(BATCH_IMAGES) % NUM_CLASSES
     velocity = adapter_velocity(adapter, condition_of(labels))
-    scheduler = PatchScheduler(0.0, sizes=SCALES)
-    geometry = adapter.host.geometry
-    record = sample(velocity, _noise(0), sampling_sigmas(NUM_STEPS), scheduler, geometry).record
-    known = record.statistic_KBS[scheduler.min_fine_first : -scheduler.min_fine_last, :, 0]
-    return torch.quantile(known.flatten(), torch.tensor(TAU_QUANTILES)).tolist()
+    sigmas = sampling_sigmas(NUM_STEPS, SHIFT)
+    record = sample(velocity, _noise(0), sigmas, RULE, adapter.host.geometry).record
+    return [calibrate_tau(record.statistic_KBS[..., 0], stop_step) for stop_step in STOP_STEPS]
 
 
 def _noise(first: int) -> Tensor:
@@ -241,7 +244,7 @@ def draw_batch(method: Method, adapter: PatchAdapter, first: int) -> tuple[Tenso
     host, z = adapter.host, _noise(first)
     assert isinstance(host, FluxHost)
     labels = torch.arange(first, first + len(z)) % NUM_CLASSES
-    condition, sigmas = condition_of(labels), sampling_sigmas(method.num_steps)
+    condition, sigmas = condition_of(labels), sampling_sigmas(method.num_steps, SHIFT)
     num_tokens = host.geometry.num_tokens((EDGE, EDGE))
     if method.is_pooled:
         velocity = PatchedVelocity(
@@ -384,7 +387,8 @@ def main() -> None:
     except OutOfTimeError:
         print("this call's time is spent: run the same command again to go on")
         return
-    show_table(rows, Console(width=160))
+    title = "Sampling digits of 32 x 32 with a small FLUX model"
+    show_table(rows, Console(width=160), title=title)
     results = {"setting": setting._asdict(), "relative_errors": errors, "methods": rows}
     (work / "results.json").write_text(json.dumps(results, indent=1))
     if arguments.save:

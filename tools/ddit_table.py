@@ -20,9 +20,9 @@ COLUMNS = (
 )
 
 
-def show_table(rows: list[dict[str, Any]], console: Console) -> None:
+def show_table(rows: list[dict[str, Any]], console: Console, *, title: str) -> None:
     """Print all methods; speed is against the first row."""
-    table = Table(title="Sampling digits of 32 x 32 with a small FLUX model, one CPU thread")
+    table = Table(title=f"{title}, one CPU thread")
     table.add_column("method")
     for heading in ("speed", *(heading for heading, _, _ in COLUMNS)):
         table.add_column(heading, justify="right")
