@@ -18,7 +18,9 @@ from trinity.parallel import plan
 from trinity.train.run import create_run_directory
 
 Singles = dict[tuple[str, ...], Outcome]
-SOME_DIT = ("DiT, tp2 x pp2 x fsdp2", "DiT, tp2", "DiT, ep2 x cp2", "DiT, hsdp2x2")
+DEAR_VARIANTS = ("hybrid, cp2 x ep2, selective recompute",)
+"""A minute each, of parts that other rows have apart: left to `-m slow` and to the tool."""
+SOME_DIT = ("DiT, tp2 x pp2 x fsdp2", "DiT, tp2", "DiT, ep2 x cp2")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,13 @@ def test_layout_equals_one_process(root: Path, singles: Singles, name: str) -> N
     _assert_green(compare(outcome, _single(root, singles, "fp64", [])), "fp64")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in DEAR_VARIANTS else name
+        for name in VARIANTS
+    ],
+)
 def test_variant_equals_one_process(root: Path, singles: Singles, name: str) -> None:
     axes, overrides = VARIANTS[name]
     outcome = run_layout(root / name.replace(" ", ""), "fp64", axes, overrides)

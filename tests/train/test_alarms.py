@@ -69,7 +69,9 @@ def _source(toml: Path) -> str:
 
 
 def _alarms(directory: Path) -> set[object]:
-    return {row["name"] for row in read_metrics(directory, "event") if row["event"] == "alarm"}
+    """What sounded, but for the speed: where a machine has other work to do, that is true."""
+    events = read_metrics(directory, "event")
+    return {row["name"] for row in events if row["event"] == "alarm"} - {"tokens_per_s"}
 
 
 def _after_each_step(change: Callable[[int, MoE], None]) -> Any:

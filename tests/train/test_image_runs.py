@@ -336,7 +336,7 @@ def _cut_clips(root: Path) -> str:
             "have embeddings instead of classes",
         ),
         (_cut_clips, VIDEO, DataError, "is no whole safetensors file"),
-        (_clips, [*VIDEO, "images.held_out_fraction=0.0"], DataError, "nothing held out"),
+        (_clips, [*VIDEO, "images.held_out_fraction=0.0"], DataError, "no held-out image"),
         (_clips, [*VIDEO, "images.coarse_shares=[1]"], ConfigError, "one number for each of"),
         (_clips, [*VIDEO, "images.skip_rows=[[1,4]]"], DataError, r"multiples of images\.lanes=2"),
     ],

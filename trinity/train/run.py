@@ -265,8 +265,9 @@ def open_run(config: RunConfig, directory: Path, device: torch.device, *, resume
     model = ParallelModel.build(config, meshes, device)
     validation = validation_batches(config, dataset)
     if config.train.validate_every_steps and not validation:
+        what, table = ("image", "images") if config.model.is_image else ("document", "data")
         raise DataError(
-            "there is nothing held out to validate on; raise held_out_fraction, or set "
+            f"there is no held-out {what} to validate on; raise {table}.held_out_fraction, or set "
             "train.validate_every_steps=0"
         )
     run = Run(
