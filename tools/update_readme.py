@@ -59,9 +59,10 @@ def parity_ledger() -> str:
     ]
     for name, row in saved["fp64"]["rows"].items():
         cells = " | ".join(f"{row[column]:.0e}" for column in columns)
-        worst = max(saved["fp32"]["rows"][name].values())
+        narrow = saved["fp32"]["rows"].get(name)
+        worst = f"{max(narrow.values()):.0e}" if narrow else "open"
         ranks = saved["fp64"]["ranks"][name]
-        lines.append(f"| {name} | {ranks} | {cells} | {worst:.0e} |")
+        lines.append(f"| {name} | {ranks} | {cells} | {worst} |")
     return "\n".join(lines)
 
 
