@@ -120,9 +120,11 @@ def digits() -> str:
     )
 
 
-def dynamic_patches() -> str:
-    """Quality against speed of the samplers of a small FLUX model."""
-    saved = json.loads((RESULTS / "ddit_flux.json").read_text(encoding="utf-8"))
+def dynamic_patches(file: str) -> str:
+    """Quality against speed of samplers, from the record of ``tools.ddit_dit`` or ``ddit_flux``."""
+    if not (RESULTS / file).exists():
+        return "not yet measured to the end"
+    saved = json.loads((RESULTS / file).read_text(encoding="utf-8"))
     rows = saved["methods"]
     lines = [
         "| sampler | speed | tokens | GFLOP | Frechet | sliced Wasserstein | class right | PSNR "
@@ -149,7 +151,8 @@ def main() -> None:
         ("train_step", step_table()),
     )
     _replace(ROOT / "README.md", in_readme)
-    _replace(ROOT / "docs/dynamic_patches.md", (("ddit_flux", dynamic_patches()),))
+    tables = [(name, dynamic_patches(f"{name}.json")) for name in ("ddit_dit", "ddit_flux")]
+    _replace(ROOT / "docs/dynamic_patches.md", tables)
 
 
 def _replace(path: Path, sections: Iterable[tuple[str, str]]) -> None:
