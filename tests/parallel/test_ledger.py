@@ -18,8 +18,12 @@ from trinity.parallel import plan
 from trinity.train.run import create_run_directory
 
 Singles = dict[tuple[str, ...], Outcome]
-DEAR_VARIANTS = ("hybrid, cp2 x ep2, selective recompute",)
-"""A minute each, of parts that other rows have apart: left to `-m slow` and to the tool."""
+DEAR_VARIANTS = (
+    "hybrid, cp4",
+    "hybrid, tp2 x ep2, full recompute",
+    "hybrid, cp2 x ep2, selective recompute",
+)
+"""Half a minute each, of parts that other rows have apart: left to `-m slow` and to the tool."""
 SOME_DIT = ("DiT, tp2 x pp2 x fsdp2", "DiT, tp2", "DiT, ep2 x cp2")
 
 
