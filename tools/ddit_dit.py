@@ -2,7 +2,7 @@
 
 Draws the same digits from the same noise in many ways: as the run's configuration says, in fewer
 steps, coarse to fine at fixed steps, coarse from pooled latents, with a patch size per step and
-image; all on one thread, in process CPU time.
+image, with a cache, with both; all on one thread, in process CPU time.
 
     python -m tools.dit_digits --keep RUN_DIR     # a run to judge
     python -m tools.ddit_dit RUN_DIR --save       # the table and the curve of the docs
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tools.ddit_race import race
 from tools.ddit_table import save_picture, show_table
 from trinity.ckpt.load import load_run_dit
 from trinity.core.draws import Stream, normal_by_row
@@ -54,9 +55,10 @@ from trinity.train.sample_images import (
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools/bench/results/ddit_dit.json"
 PICTURE = ROOT / "docs/images/ddit-dit.png"
-TAU_QUANTILES = (0.25, 0.5, 0.65, 0.8, 0.95)
+CACHES = (0.1, 0.2)
+TAU_QUANTILES = (0.25, 0.5, 0.8, 0.95)
 """Of the statistic of runs at the base patch: thresholds that are passed that often there."""
-BATCH_IMAGES = 50
+BATCH_IMAGES, RACE_IMAGES = 50, 20
 
 
 class Method(NamedTuple):
@@ -67,11 +69,13 @@ class Method(NamedTuple):
     policy: PatchPolicy
     num_steps: int
     is_pooled: bool = False
+    cache: float = 0.0
+    """Threshold of the first block cache."""
 
 
-def thresholds(model: DiffusionTransformer, config: ImageRunConfig) -> list[float]:
-    """From a few runs at the base patch."""
-    settings = config.samples.model_copy(update={"tau": 0.0})
+def thresholds(model: DiffusionTransformer, config: ImageRunConfig, cache: float) -> list[float]:
+    """From a few runs at the base patch, with the cache: the calls it skips bend the path too."""
+    settings = config.samples.model_copy(update={"tau": 0.0, "cache": cache})
     rule = scheduler(config, settings)
     classes = class_columns(config, range(config.model.num_classes), 2)
     drawn = sample(model, config, classes, settings=settings, seed=7, policy=rule)
@@ -89,31 +93,36 @@ def methods(model: DiffusionTransformer, config: ImageRunConfig) -> Iterator[Met
         split = FixedSplit(((2, share),))
         yield Method(f"split {share:.0%} at 2x", "fixed split", split, steps)
     yield Method("pooled 40% at 2x", "pooled", FixedSplit(((2, 0.4),)), steps, is_pooled=True)
-    for quantile, tau in zip(TAU_QUANTILES, thresholds(model, config), strict=True):
-        settings = config.samples.model_copy(update={"tau": tau})
-        yield Method(f"dynamic q{quantile:g}", "dynamic", scheduler(config, settings), steps)
+    for cache in CACHES:
+        yield Method(f"cache {cache:g}", "cache", fine, steps, cache=cache)
+    for cache in (0.0, *CACHES):
+        kind, name = ("dynamic + cache", f" + cache {cache:g}") if cache else ("dynamic", "")
+        for quantile, tau in zip(TAU_QUANTILES, thresholds(model, config, cache), strict=True):
+            rule = scheduler(config, config.samples.model_copy(update={"tau": tau}))
+            yield Method(f"dynamic q{quantile:g}{name}", kind, rule, steps, cache=cache)
 
 
 def draw(
     method: Method, model: DiffusionTransformer, config: ImageRunConfig, classes: Tensor
 ) -> tuple[Tensor, dict[str, Any]]:
-    """All images, and what they cost."""
-    settings = config.samples.model_copy(update={"num_steps": method.num_steps, "tau": 0.0})
-    began_s, began_wall_s = time.process_time(), time.monotonic()
+    """All images, and what went through the model.
+
+    ``token_share`` is against all steps at the base patch; tokens of steps that the cache skipped
+    count too, in ``gflops`` with their first block alone, all blocks taken to be as dear.
+    """
     parts = [
-        _batch(method, model, config, settings, classes[i : i + BATCH_IMAGES], seed=100 + i)
+        _batch(method, model, config, classes[i : i + BATCH_IMAGES], seed=100 + i)
         for i in range(0, len(classes), BATCH_IMAGES)
     ]
-    cpu_s, wall_s = time.process_time() - began_s, time.monotonic() - began_wall_s
     scale_KB = torch.cat([part.record.scale_KB for part in parts], dim=1)
     tokens = torch.cat([part.record.tokens_KB for part in parts], dim=1).sum(0).double().mean()
-    forwards = 2 if settings.guidance != 1 else 1
+    forwards = 2 if config.samples.guidance != 1 else 1
     flops = forward_flops_per_token(config.model, config.tokens_of_image)
+    layers, computed = config.model.num_hidden_layers, sum(part.computed for part in parts)
+    share = (1 + (layers - 1) * computed / len(parts)) / layers
     return torch.cat([part.images for part in parts]), {
-        "cpu_ms": 1e3 * cpu_s / len(classes),
-        "wall_ms": 1e3 * wall_s / len(classes),
         "token_share": float(tokens) / (config.tokens_of_image * config.samples.num_steps),
-        "gflops": forwards * float(tokens) * flops / 1e9,
+        "gflops": forwards * float(tokens) * flops * share / 1e9,
         "switches": float((scale_KB[1:] != scale_KB[:-1]).sum(0).double().mean()),
     }
 
@@ -122,11 +131,12 @@ def _batch(
     method: Method,
     model: DiffusionTransformer,
     config: ImageRunConfig,
-    settings: SamplesConfig,
     classes: Tensor,
     *,
     seed: int,
 ) -> Drawn:
+    changes = {"num_steps": method.num_steps, "tau": 0.0, "cache": method.cache}
+    settings = config.samples.model_copy(update=changes)
     if not method.is_pooled:
         return sample(model, config, classes, settings=settings, seed=seed, policy=method.policy)
     with torch.inference_mode():
@@ -162,7 +172,7 @@ def main() -> None:
     """Draw with every method, compare, print; save where asked to."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--images", type=int, default=900)
     parser.add_argument("--save", action="store_true", help="write the files of the docs")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -175,7 +185,8 @@ def main() -> None:
     classes = class_columns(config, range(num_classes), options.images // num_classes)
     rows: list[dict[str, Any]] = []
     reference: Tensor | None = None
-    for method in methods(model, config):
+    ways = list(methods(model, config))
+    for method in ways:
         drawn, cost = draw(method, model, config, classes)
         reference = drawn if reference is None else reference
         quality = compare_sets(drawn, real, network, labels=classes)
@@ -184,6 +195,10 @@ def main() -> None:
             quality |= {"ssim": float(ssim(drawn, reference).mean())}
         rows.append({"name": method.name, "kind": method.kind, **cost, **quality})
         print(json.dumps(rows[-1]), flush=True)
+    few = classes[:RACE_IMAGES]
+    draws = {way.name: partial(_batch, way, model, config, few, seed=100) for way in ways}
+    times = race(draws, num_images=len(few))
+    rows = [{**row, **times[row["name"]]} for row in rows]
     show_table(rows, Console(width=160), title="Sampling digits of 16 x 16 with dit_tiny")
     if options.save:
         result = {"images": len(classes), "guidance": config.samples.guidance, "methods": rows}

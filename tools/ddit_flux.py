@@ -33,7 +33,7 @@ from tools.ddit_methods import (
     condition_of,
     draw,
     methods,
-    race,
+    race_of,
 )
 from tools.ddit_table import save_picture, show_table
 from trinity.core.draws import Stream, generator_for, normal_by_row
@@ -176,7 +176,7 @@ def measured(
     labels = torch.arange(setting.num_images) % NUM_CLASSES
     times_path = folder / "times.json"
     if not times_path.is_file():
-        times_path.write_text(json.dumps(race(adapter)))
+        times_path.write_text(json.dumps(race_of(adapter)))
     times = json.loads(times_path.read_text())
     reference: Tensor | None = None
     for method in methods(adapter):
@@ -213,7 +213,7 @@ def main() -> None:
     )
     parser.add_argument("work", type=Path)
     parser.add_argument("--train-steps", type=int, default=4000)
-    parser.add_argument("--distill-steps", type=int, default=1500)
+    parser.add_argument("--distill-steps", type=int, default=3000)
     parser.add_argument("--images", type=int, default=900)
     parser.add_argument("--minutes", type=float, default=15.0, help="CPU time of this call")
     parser.add_argument("--save", action="store_true", help="write the files of the docs")

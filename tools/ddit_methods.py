@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tools.ddit_race import race
 from trinity.core.draws import Stream, normal_by_row
 from trinity.models.flow import euler, sampling_sigmas
 from trinity.models.host_flux import PACKED_EDGE, FluxCondition, FluxHost
@@ -25,9 +26,7 @@ from trinity.models.patch_sampler import (
     PatchedVelocity,
     PatchPolicy,
     PatchRecord,
-    adapter_velocity,
     pooled_velocity,
-    sample,
 )
 from trinity.models.patch_scheduler import PatchScheduler, calibrate_tau
 from trinity.models.patching import patch_centres, unpatchify
@@ -44,7 +43,11 @@ STOP_STEPS = (25, 33, 40, 44)
 """Where coarse steps should end, by thresholds found on runs at the base patch."""
 RULE = PatchScheduler(0.0, sizes=SCALES, normalize="raw")
 """Raw differences rise towards the end of a shifted schedule, where detail is made."""
+CACHES = (0.1, 0.2)
+"""Thresholds of the first block cache."""
 BATCH_IMAGES = 20
+CALIBRATION_FIRST = 1_000_000
+"""Of the images that thresholds are found on: none that is judged."""
 
 
 class Method(NamedTuple):
@@ -80,23 +83,22 @@ def methods(adapter: PatchAdapter) -> Iterator[Method]:
         yield Method(f"split {name}", "fixed split", FixedSplit(stages))
     for name, stages in (("2x to 25", ((2, 0.5),)), ("4x to 5, 2x to 35", ((4, 0.1), (2, 0.6)))):
         yield Method(f"pooled {name}", "pooled", FixedSplit(stages), is_pooled=True)
-    for threshold in (0.1, 0.2):
-        yield Method(f"cache {threshold:g}", "cache", fine, cache=threshold)
-    for stop_step, tau in zip(STOP_STEPS, thresholds(adapter), strict=True):
-        scheduler = replace(RULE, tau=tau)
-        yield Method(f"dynamic to {stop_step}", "dynamic", scheduler)
-        for threshold in (0.1, 0.2):
-            name = f"dynamic to {stop_step} + cache {threshold:g}"
-            yield Method(name, "dynamic + cache", scheduler, cache=threshold)
+    for cache in CACHES:
+        yield Method(f"cache {cache:g}", "cache", fine, cache=cache)
+    for cache in (None, *CACHES):
+        kind = "dynamic" if cache is None else "dynamic + cache"
+        name = "" if cache is None else f" + cache {cache:g}"
+        for stop_step, tau in zip(STOP_STEPS, thresholds(adapter, cache), strict=True):
+            rule = replace(RULE, tau=tau)
+            yield Method(f"dynamic to {stop_step}{name}", kind, rule, cache=cache)
 
 
-@torch.no_grad()
-def thresholds(adapter: PatchAdapter) -> list[float]:
-    """One for each of ``STOP_STEPS``, from a few runs at the base patch."""
-    labels = torch.arange(BATCH_IMAGES) % NUM_CLASSES
-    velocity = adapter_velocity(adapter, condition_of(labels))
-    sigmas = sampling_sigmas(NUM_STEPS, SHIFT)
-    record = sample(velocity, _noise(0), sigmas, RULE, adapter.host.geometry).record
+def thresholds(adapter: PatchAdapter, cache: float | None) -> list[float]:
+    """One for each of ``STOP_STEPS``, from a few runs at the base patch, with the cache: the calls
+    it skips bend the path too."""
+    never = Method("calibration", "dynamic", RULE, cache=cache)
+    with _cached(never, adapter), torch.no_grad():
+        _, record = draw_batch(never, adapter, CALIBRATION_FIRST)
     return [calibrate_tau(record.statistic_KBS[..., 0], stop_step) for stop_step in STOP_STEPS]
 
 
@@ -179,20 +181,15 @@ def draw(method: Method, adapter: PatchAdapter, num_images: int) -> tuple[Tensor
 
 
 @torch.no_grad()
-def race(adapter: PatchAdapter, rounds: int = 3) -> dict[str, dict[str, float]]:
-    """Least milliseconds per image of each method, which take turns on one batch."""
-    all_methods = list(methods(adapter))
-    best = {method.name: {"cpu_ms": math.inf, "wall_ms": math.inf} for method in all_methods}
-    for _ in range(rounds):
-        for method in all_methods:
-            with _cached(method, adapter):
-                before = time.process_time(), time.monotonic()
-                draw_batch(method, adapter, 0)
-                spent_s = time.process_time() - before[0], time.monotonic() - before[1]
-            for key, seconds in zip(("cpu_ms", "wall_ms"), spent_s, strict=True):
-                milliseconds = 1e3 * seconds / BATCH_IMAGES
-                best[method.name][key] = min(best[method.name][key], milliseconds)
-    return best
+def race_of(adapter: PatchAdapter) -> dict[str, dict[str, float]]:
+    """What each method takes for an image; see :func:`tools.ddit_race.race`."""
+
+    def one_batch(method: Method) -> None:
+        with _cached(method, adapter):
+            draw_batch(method, adapter, 0)
+
+    draws = {method.name: partial(one_batch, method) for method in methods(adapter)}
+    return race(draws, num_images=BATCH_IMAGES)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

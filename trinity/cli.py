@@ -208,6 +208,9 @@ def sample_images(
             min=0.0, max=1.0, help="find tau so that about this share of the steps are coarse"
         ),
     ] = None,
+    cache: Annotated[
+        float | None, typer.Option(min=0.0, help="threshold of the first block cache; 0: none")
+    ] = None,
     ema: Annotated[bool, typer.Option(help="the averaged weights, where there are any")] = True,
     seed: int = 0,
     save: Annotated[
@@ -231,6 +234,7 @@ def sample_images(
             "solver": solver,
             "guidance": guidance,
             "tau": tau,
+            "cache": cache,
         },
         scale=scale,
         ema=ema,

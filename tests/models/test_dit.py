@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models.dit_cases import CONFIG, IMAGE, PATTERN, SHAPE, fp64_model
 from trinity.core.batch import FlowBatch
 from trinity.core.dit_config import DiTConfig
 from trinity.core.errors import ConfigError
@@ -17,46 +18,11 @@ from trinity.models.dit import DiffusionTransformer
 from trinity.models.lm import LanguageModel
 from trinity.models.patching import patch_centres, patchify
 from trinity.nn.block import Block
-from trinity.nn.init import fill_normal
 from trinity.nn.modulation import NUM_MODULATIONS, Conditioning
 from trinity.nn.rope import image_rope_tables, rope_tables
 from trinity.ops.image_attention import Sight
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = {
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "route_scale": 1.5,
-    "sliding_window": 5,
-    "mamba2": {"head_dim": 8, "state_dim": 8, "conv_width": 3},
-    "linear": {"head_dim": 8},
-}
-PATTERN = "W-MESE2EXE*E"
-IMAGE = {"channels": 2, "patch_size": 2, "patch_scales": (1, 2), "num_classes": 3, "time_width": 8}
-CONFIG = DiTConfig(layer_pattern=PATTERN, **SHAPE, **IMAGE)  # type: ignore[arg-type]
-
-
-def _model(config: DiTConfig = CONFIG, *, stirred: bool = True) -> DiffusionTransformer:
-    model = DiffusionTransformer.initialized(config, seed=3).double()
-    for moe in model.moe_layers():
-        moe.router.float_state()
-    if stirred:
-        _stir(model)
-    return model
-
-
-def _stir(model: torch.nn.Module) -> None:
-    """Move all weights away from where they start, which is the identity before a head of zeros."""
-    for name, parameter in model.named_parameters():
-        before = parameter.detach().clone()
-        fill_normal(parameter.data, 0.3, name)
-        parameter.data.add_(before)
 
 
 def _images(num: int, *, size: tuple[int, ...] = (8, 12)) -> Tensor:
@@ -158,7 +124,7 @@ def test_a_loaded_block_computes_what_the_language_models_does(layer_type: str) 
 
 
 def test_it_begins_as_the_identity_that_predicts_zero() -> None:
-    model = _model(stirred=False)
+    model = fp64_model(stirred=False)
     z = _images(2)
     assert model(z, 0.4, torch.tensor([0, 2])).abs().max() == 0
     given = {"scale_BS": torch.zeros(2, 24, dtype=torch.int64), "sigma_BN": torch.full((2, 1), 0.4)}
@@ -175,7 +141,7 @@ def test_it_begins_as_the_identity_that_predicts_zero() -> None:
 
 def test_packed_images_of_mixed_sizes_are_the_images_one_by_one() -> None:
     """Loss, loads and every gradient; padding takes no part, whatever stands there."""
-    model, z, v = _model(), _images(4), _images(4).flip(0)
+    model, z, v = fp64_model(), _images(4), _images(4).flip(0)
     scales, sigmas = [1, 2, 2, 1], [0.9, 0.3, 0.05, 0.6]
     sums, out = _objective(model, _packed(z, v, scales, sigmas))
     sums.total.backward()
@@ -205,7 +171,7 @@ def test_packed_images_of_mixed_sizes_are_the_images_one_by_one() -> None:
 
 def test_gradients_are_those_of_finite_differences() -> None:
     small = DiTConfig(layer_pattern="WEM-", **SHAPE, **IMAGE)  # type: ignore[arg-type]
-    model, z, v = _model(small), _images(2), _images(2).flip(0)
+    model, z, v = fp64_model(small), _images(2), _images(2).flip(0)
     batch = _packed(z, v, [2, 1], [0.7, 0.2])
     _objective(model, batch)[0].total.backward()
     generator = torch.Generator().manual_seed(4)
@@ -222,7 +188,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 def test_experts_are_counted_by_range_of_sigma() -> None:
-    model, z = _model(), _images(4)
+    model, z = fp64_model(), _images(4)
     batch = _packed(z, z, [1, 1, 2, 2], [0.0, 0.26, 0.74, 1.0])
     load_LUE = _objective(model, batch)[0].load_LE
     assert load_LUE.shape == (5, CONFIG.load_buckets, 6)
@@ -231,7 +197,7 @@ def test_experts_are_counted_by_range_of_sigma() -> None:
 
 
 def test_the_router_sees_the_noise_level_but_not_the_modulation() -> None:
-    model = _model(stirred=False)
+    model = fp64_model(stirred=False)
     block: Block = model.backbone.layers["1"]  # type: ignore[assignment]
     x_BSD = torch.randn(1, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     at_BSA = patch_centres((4, 6), 1).unsqueeze(0)
@@ -260,7 +226,7 @@ def test_late_patches_reach_early_ones() -> None:
     for letter in "W*MS2X":
         window = {"sliding_window": 25}
         config = DiTConfig(layer_pattern=f"{letter}-", **(SHAPE | window), **IMAGE)  # type: ignore[arg-type]
-        model, z = _model(config), _images(1)
+        model, z = fp64_model(config), _images(1)
         changed = z.clone()
         changed[..., -2:, -2:] += 1
         classes = torch.tensor([1])
@@ -271,7 +237,7 @@ def test_late_patches_reach_early_ones() -> None:
 def test_conditions_by_embedding_and_none() -> None:
     z = _images(2)
     by_embedding = IMAGE | {"condition": "embedding", "num_classes": 0, "embedding_width": 5}
-    model = _model(DiTConfig(layer_pattern="W-", **SHAPE, **by_embedding))  # type: ignore[arg-type]
+    model = fp64_model(DiTConfig(layer_pattern="W-", **SHAPE, **by_embedding))  # type: ignore[arg-type]
     vectors = torch.randn(2, 5).double()
     with_text = model(z, 0.5, vectors)
     assert not torch.equal(with_text, model(z, 0.5, vectors.flip(0)))
@@ -280,7 +246,7 @@ def test_conditions_by_embedding_and_none() -> None:
     assert torch.equal(model(z, 0.5, vectors), with_text)
     assert not torch.equal(model(z, 0.5, torch.zeros_like(vectors)), none)
     plain = IMAGE | {"condition": "none", "num_classes": 0}
-    model = _model(DiTConfig(layer_pattern="W-", **SHAPE, **plain))  # type: ignore[arg-type]
+    model = fp64_model(DiTConfig(layer_pattern="W-", **SHAPE, **plain))  # type: ignore[arg-type]
     assert model(z, 0.5, torch.zeros(2, dtype=torch.int64)).shape == z.shape
 
 
@@ -290,7 +256,7 @@ def test_videos() -> None:
     z = _images(2, size=(4, 8, 8))
     for letter, crosses in (("W", False), ("*", True)):
         config = DiTConfig(layer_pattern=f"{letter}-", **SHAPE, **video)  # type: ignore[arg-type]
-        model, classes = _model(config), torch.tensor([0, 1])
+        model, classes = fp64_model(config), torch.tensor([0, 1])
         v = model(z, 0.5, classes)
         assert v.shape == z.shape
         assert model(z, 0.5, classes, scale=2).shape == z.shape
@@ -302,7 +268,7 @@ def test_videos() -> None:
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="not a whole number of"):
-        _model()(_images(1, size=(6, 8)), 0.5, torch.tensor([0]), scale=2)
+        fp64_model()(_images(1, size=(6, 8)), 0.5, torch.tensor([0]), scale=2)
     for key, value, match in (
         ("images.height=14", "", "scale 2"),
         ("model.patch_scales=[2,4]", "", "begin with 1"),

@@ -139,6 +139,32 @@ def test_an_image_is_the_same_in_any_company(images_run: Path) -> None:
     _assert_same(part.images, whole.images[:2])
 
 
+def test_an_image_is_the_same_in_any_company_with_a_cache(images_run: Path) -> None:
+    """Each decides for itself what is computed, whatever its neighbours change."""
+    config = load_image_config(images_run / "config.toml")
+    model = load_run_dit(images_run, average=True)
+    classes = class_columns(config, [2, 5, 8], 2)
+    settings = config.samples.model_copy(update={"cache": 0.3, "num_steps": 20})
+    for policy in (None, Mixed()):
+        whole = sample(model, config, classes, settings=settings, seed=3, policy=policy)
+        part = sample(model, config, classes[:2], settings=settings, seed=3, policy=policy)
+        _assert_same(part.images, whole.images[:2])
+        # A row that changes its size in every step never has anything to reuse.
+        assert (whole.computed == 1) is (policy is not None)
+
+
+def test_the_cache_skips_calls_and_costs_little(images_run: Path, tmp_path: Path) -> None:
+    long = ["--num-steps", "30", "--classes", "0,1,2"]
+    plain, said = _draw(images_run, tmp_path, *long)
+    assert "skipped" not in said
+    cached, said = _draw(images_run, tmp_path, *long, "--cache", "0.3")
+    found = re.search(r"the cache skipped (\d+)% of the calls", said)
+    assert found is not None
+    assert 20 < int(found[1]) < 95
+    error = (cached - plain).square().mean() / plain.square().mean()
+    assert 0 < error < 0.05, error
+
+
 def test_patch_sizes_that_follow_the_path(images_run: Path, tmp_path: Path) -> None:
     """The calibrated threshold, given by hand, draws the same; --scale sets it aside."""
     long = ["--num-steps", "30", "--classes", "0,1,2"]

@@ -53,6 +53,11 @@ class SamplesConfig(Table):
     rho: Fraction = Field(default=0.4, description="quantile over blocks that tau is held against")
     hold_steps: Positive = Field(default=4, description="steps that a patch size is kept")
     fine_last_steps: NonNegative = Field(default=5, description="last steps at the base patch")
+    cache: NonNegativeFloat = Field(
+        default=0.0,
+        description="threshold of the first block cache: relative change of what the first block "
+        "adds, below which the other blocks are left out; 0: none",
+    )
     columns: Positive = Field(default=10, description="of the grid; one class each, where known")
     rows: Positive = 4
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trinity.core.dit_config import DiTConfig
 from trinity.core.model_config import BackboneConfig
+from trinity.models.first_block_cache import Reuse
 from trinity.nn.block import Block, LayerCache
 from trinity.nn.modulation import Conditioning
 from trinity.nn.norm import RMSNorm
@@ -101,12 +102,36 @@ class Backbone(nn.Module):
             if load_E is not None:
                 loads.append(load_E)
                 balance_losses.append(balance_loss)
-        hidden_BSD = x_BSD if self.norm is None else self.norm(x_BSD)
         if not loads:
-            shape = (0, *load_shape(self.config))
-            empty = torch.zeros(shape, dtype=torch.int64, device=x_BSD.device)
-            return BackboneOutput(hidden_BSD, empty, torch.zeros((), device=x_BSD.device))
+            return self._without_load(x_BSD)
+        hidden_BSD = x_BSD if self.norm is None else self.norm(x_BSD)
         return BackboneOutput(hidden_BSD, torch.stack(loads), torch.stack(balance_losses).sum())
+
+    def run_reusing(
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        conditioning: Conditioning,
+        reuse: Reuse,
+    ) -> BackboneOutput:
+        """Run the first layer, and the others for the rows that ``reuse`` does not spare them; for
+        sampling, with one image per row. The load of experts is not counted."""
+        first, *others = self.layers.values()
+
+        def run_others(x_NSD: Tensor, rows_N: Tensor) -> Tensor:
+            own = conditioning.of_rows(rows_N)
+            for layer in others:
+                x_NSD = layer(x_NSD, rope, None, None, own)[0]
+            return x_NSD
+
+        after_first_BSD = first(x_BSD, rope, None, None, conditioning)[0]
+        return self._without_load(reuse(x_BSD, after_first_BSD, run_others))
+
+    def _without_load(self, x_BSD: Tensor) -> BackboneOutput:
+        hidden_BSD = x_BSD if self.norm is None else self.norm(x_BSD)
+        shape = (0, *load_shape(self.config))
+        empty = torch.zeros(shape, dtype=torch.int64, device=x_BSD.device)
+        return BackboneOutput(hidden_BSD, empty, torch.zeros((), device=x_BSD.device))
 
 
 def load_shape(config: BackboneConfig) -> tuple[int, ...]:

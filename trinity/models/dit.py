@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trinity.core.dit_config import DiTConfig
 from trinity.models.backbone import Backbone, BackboneOutput
+from trinity.models.first_block_cache import Reuse
 from trinity.models.patching import patch_centres, patchify, unpatchify
 from trinity.models.staged import LossSums, StagedModel
 from trinity.nn.modulation import Conditioning, modulate
@@ -57,6 +58,7 @@ class DiffusionTransformer(StagedModel):
         scale: int = 1,
         edge: int | None = None,
         spacing: int | None = None,
+        reuse: Reuse | None = None,
     ) -> Tensor:
         """Velocities of latents (B, C, H, W) or (B, C, T, H, W), in their dtype.
 
@@ -68,6 +70,7 @@ class DiffusionTransformer(StagedModel):
             edge: of a patch in pixels, for who has put projections of other patches in the place of
                 the model's.
             spacing: base tokens from one patch to the next, where it is not ``scale``.
+            reuse: what a :class:`FirstBlockCache` gives for these rows; None computes all blocks.
 
         Raises ConfigError when the latents are not a whole number of such patches.
         """
@@ -85,7 +88,7 @@ class DiffusionTransformer(StagedModel):
             "condition": condition.unsqueeze(1),
         }
         x_BSD = self.enter(patches_BSP, given)
-        hidden_BSD = self.before_head(self.run_blocks(x_BSD, given), given)
+        hidden_BSD = self.before_head(self.run_blocks(x_BSD, given, reuse), given)
         out_BSP = self.patch_head(hidden_BSD, given["scale_BS"])[..., : patches_BSP.shape[-1]]
         return unpatchify(out_BSP.to(z.dtype), tuple(z.shape[2:]), size, frames=frames)
 
@@ -111,7 +114,9 @@ class DiffusionTransformer(StagedModel):
         """Those that carry the vectors of the images."""
         return num_images * NUM_VECTORS
 
-    def run_blocks(self, x_BSD: Tensor, given: Mapping[str, Tensor]) -> BackboneOutput:
+    def run_blocks(
+        self, x_BSD: Tensor, given: Mapping[str, Tensor], reuse: Reuse | None = None
+    ) -> BackboneOutput:
         """The stream after the blocks that are here, the vectors of the images behind it."""
         config = self.config
         sigma_BN, ids_BS = given["sigma_BN"], given["document_ids_BS"]
@@ -140,7 +145,10 @@ class DiffusionTransformer(StagedModel):
             bucket_BS=bucket_BS,
             sight=Sight(coordinates_BSA, documents_BS, first_query=first, num_queries=in_mixer),
         )
-        out = self.backbone.run(x_BSD, rope, documents_BS, conditioning=conditioning)
+        if reuse is None:
+            out = self.backbone.run(x_BSD, rope, documents_BS, conditioning=conditioning)
+        else:
+            out = self.backbone.run_reusing(x_BSD, rope, conditioning, reuse)
         return out._replace(hidden_BSD=torch.cat((out.hidden_BSD, behind_BSD), dim=1))
 
     def _image_of_tokens(self, given: Mapping[str, Tensor], num_own: int) -> Tensor | None:

@@ -28,6 +28,15 @@ class Conditioning(NamedTuple):
     sight: Sight
     """Who sees whom."""
 
+    def of_rows(self, rows_N: Tensor) -> Conditioning:
+        """That of some rows of a batch whose rows are one image each, in one grid."""
+        return Conditioning(
+            self.modulation_BSMD[rows_N],
+            self.time_BSD[rows_N],
+            self.bucket_BS[rows_N],
+            self.sight,
+        )
+
 
 class Modulation(nn.Module):
     """A block's own part of the six modulations, added to the part that all blocks share.
