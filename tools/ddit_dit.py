@@ -43,14 +43,8 @@ from trinity.models.patch_sampler import (
 )
 from trinity.train.feature_network import compare_sets, feature_network, labelled_images
 from trinity.train.quality import psnr, ssim
-from trinity.train.sample_images import (
-    SAMPLING,
-    Drawn,
-    class_columns,
-    no_condition,
-    sample,
-    scheduler,
-)
+from trinity.train.sample_conditions import class_columns, no_condition
+from trinity.train.sample_images import SAMPLING, Drawn, sample, scheduler
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools/bench/results/ddit_dit.json"

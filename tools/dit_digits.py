@@ -28,7 +28,8 @@ from trinity.train.loop import pretrain
 from trinity.train.metrics import read_metrics
 from trinity.train.picture import save_grid
 from trinity.train.run import create_run_directory
-from trinity.train.sample_images import class_columns, sample
+from trinity.train.sample_conditions import class_columns
+from trinity.train.sample_images import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/dit_tiny.toml"

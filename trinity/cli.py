@@ -190,7 +190,11 @@ def sample_images(
     classes: Annotated[
         str | None, typer.Option(help="such as 0,1,2; the columns of the grid; default: all")
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="pictures of each class")] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help='safetensors with "embeddings": the columns instead', metavar="FILE"),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="pictures of each column")] = None,
     num_steps: Annotated[int | None, typer.Option(min=1)] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun or ancestral")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, help="1: none")] = None,
@@ -228,6 +232,7 @@ def sample_images(
         path,
         output,
         classes=classes,
+        embeddings=embeddings,
         overrides={
             "rows": rows,
             "num_steps": num_steps,

@@ -22,7 +22,8 @@ from trinity.core.load_config import load_image_config
 from trinity.models.dit import DiffusionTransformer
 from trinity.models.patch_scheduler import PatchDecision
 from trinity.train.command import pretrain_command
-from trinity.train.sample_images import SAMPLING, class_columns, sample
+from trinity.train.sample_conditions import class_columns
+from trinity.train.sample_images import SAMPLING, sample
 
 
 def _draw(run_dir: Path, root: Path, *options: str) -> tuple[Tensor, str]:
@@ -203,6 +204,7 @@ def _check_that_scale_comes_first(run_dir: Path, root: Path, config: ImageRunCon
     [
         (["--classes", "1,10"], "class 10 does not exist: the model knows 0 to 9"),
         (["--classes", "one"], "'one' is no list of numbers"),
+        (["--embeddings", "a"], 'the model takes none .model.condition="class"'),
         (["--solver", "dpm"], "--solver dpm is none of euler, heun, ancestral"),
         (["--scale", "4"], "--scale 4: the model was trained with patch scales 1, 2"),
         (["--scale", "2", "--tau", "0.1"], "--scale and --tau each choose patch sizes"),
@@ -254,8 +256,37 @@ def test_models_without_classes(tiny_images_toml: Path, tmp_path: Path) -> None:
     assert pretrain_command([str(tiny_images_toml), *overrides], run_dir, None) == 0
     drawn, _ = _draw(run_dir, tmp_path)
     assert drawn.shape == (8, 1, 2, 8, 8)
+    _check_embeddings(run_dir, tmp_path, drawn)
     with pytest.raises(ConfigError, match=r'classes \[3\] are asked for.*condition="embedding"'):
         _draw(run_dir, tmp_path, "--classes", "3")
     with pytest.raises(ConfigError, match="leaves no choice"):
         _draw(run_dir, tmp_path, "--calibrate", "0.5")
     assert "100% of the tokens" in _draw(run_dir, tmp_path, "--tau", "0.5")[1]
+
+
+def _check_embeddings(run_dir: Path, root: Path, unconditional: Tensor) -> None:
+    """Columns of the grid from a file; zeros are no condition."""
+    path = root / "prompts.safetensors"
+    embeddings = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 3.0]])
+    save_file({"embeddings": embeddings.half()}, path)
+    drawn, _ = _draw(run_dir, root, "--embeddings", str(path))
+    assert drawn.shape == (4, 1, 2, 8, 8)
+    model = load_run_dit(run_dir, average=True)
+    config = load_image_config(run_dir / "config.toml")
+    by_hand = sample(model, config, embeddings.repeat(2, 1), settings=config.samples, seed=0)
+    assert torch.equal(drawn, by_hand.images)
+    # After one step an embedding hardly tells; the first row's are those of no condition.
+    torch.testing.assert_close(drawn[0], unconditional[0])
+    for tensors, message in (
+        ({"prompts": embeddings}, 'pass safetensors with "embeddings"'),
+        (
+            {"embeddings": embeddings[:, :2].contiguous()},
+            r"shape \(2, 2\); the model takes",
+        ),
+        ({"embeddings": embeddings / 0}, "not finite"),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(DataError, match=message):
+            _draw(run_dir, root, "--embeddings", str(path))
+    with pytest.raises(DataError, match="pass safetensors"):
+        _draw(run_dir, root, "--embeddings", str(root / "nothing"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from trinity.models.patch_sampler import FixedSplit, PatchedVelocity, PatchPolic
 from trinity.models.patch_scheduler import PatchScheduler, calibrate_tau
 from trinity.train.picture import save_grid
 from trinity.train.run import Run
+from trinity.train.sample_conditions import grid_condition, no_condition, parse_classes
 
 SAMPLES_FILE = "samples.png"
 SAMPLING = 2
@@ -140,44 +141,6 @@ def calibrated_tau(
     return calibrate_tau(drawn.record.statistic_KBS[:, :, 0], stop_step)
 
 
-def no_condition(config: ImageRunConfig, condition: Tensor) -> Tensor:
-    """What stands for no condition, shaped like ``condition``."""
-    none = config.model.num_classes if config.model.condition == "class" else 0
-    return torch.full_like(condition, none)
-
-
-def class_columns(config: ImageRunConfig, columns: Sequence[int], rows: int) -> Tensor:
-    """Conditions of a grid whose columns are classes, row by row; (rows * columns,), int64.
-
-    Raises ConfigError for a class that the model does not have.
-    """
-    if config.model.condition != "class":
-        raise ConfigError(
-            f"classes {list(columns)} are asked for, but the model knows none "
-            f'(model.condition="{config.model.condition}"); leave them out'
-        )
-    for label in columns:
-        if not 0 <= label < config.model.num_classes:
-            raise ConfigError(
-                f"class {label} does not exist: the model knows 0 to {config.model.num_classes - 1}"
-            )
-    return torch.tensor(list(columns) * rows, dtype=torch.int64)
-
-
-def _condition_of_grid(
-    config: ImageRunConfig, settings: SamplesConfig, classes: Sequence[int] | None, rows: int
-) -> Tensor:
-    """Of the given classes, or of the first ones; without classes, of images of nothing."""
-    if config.model.condition == "class" and classes is None:
-        classes = range(min(settings.columns, config.model.num_classes))
-    if classes is not None:
-        return class_columns(config, classes, rows)
-    num_images = rows * settings.columns
-    if config.model.condition == "embedding":
-        return torch.zeros(num_images, config.model.embedding_width)
-    return torch.zeros(num_images, dtype=torch.int64)
-
-
 def sample_grid(run: Run, model: DiffusionTransformer) -> Path:
     """Write the grid of a run that has ended, with the averaged weights where it keeps any."""
     config = run.config
@@ -188,7 +151,8 @@ def sample_grid(run: Run, model: DiffusionTransformer) -> Path:
         weights = {**weights, **run.average.tensors}
     averaged = DiffusionTransformer.on_meta(config.model).to_empty(device=run.device)
     averaged.load_state_dict(weights)
-    _draw(averaged.eval(), config, config.samples, path, seed=config.seed)
+    condition = grid_condition(config, config.samples, config.samples.rows)
+    _draw(averaged.eval(), config, config.samples, condition, path, seed=config.seed)
     return path
 
 
@@ -196,13 +160,12 @@ def _draw(
     model: DiffusionTransformer,
     config: ImageRunConfig,
     settings: SamplesConfig,
+    condition: Tensor,
     path: Path,
     *,
     seed: int,
-    classes: Sequence[int] | None = None,
     scale: int = 1,
 ) -> Drawn:
-    condition = _condition_of_grid(config, settings, classes, settings.rows)
     drawn = sample(model, config, condition, settings=settings, seed=seed, scale=scale)
     save_grid(path, drawn.images, columns=len(condition) // settings.rows)
     return drawn
@@ -213,6 +176,7 @@ def sample_images_command(
     output: Path,
     *,
     classes: str | None,
+    embeddings: Path | None,
     overrides: Mapping[str, Any],
     scale: int | None,
     ema: bool,
@@ -227,16 +191,24 @@ def sample_images_command(
     config = load_image_config(run_dir / CONFIG_FILE)
     given = {key: value for key, value in overrides.items() if value is not None}
     settings = _settings(config, given, scale, calibrate)
-    columns = None if classes is None else _parse_classes(classes)
+    shown = {
+        "classes": None if classes is None else parse_classes(classes),
+        "embeddings": embeddings,
+    }
+    condition = grid_condition(config, settings, settings.rows, **shown)
     model = load_run_dit(run_dir, average=ema).to(choose_device(device))
     if calibrate is not None:
-        condition = _condition_of_grid(config, settings, columns, 1)
         tau = calibrated_tau(
-            model, config, condition, settings=settings, seed=seed, coarse_share=calibrate
+            model,
+            config,
+            grid_condition(config, settings, 1, **shown),
+            settings=settings,
+            seed=seed,
+            coarse_share=calibrate,
         )
         print(f"tau {tau:.3g}")
         settings = settings.model_copy(update={"tau": tau})
-    drawn = _draw(model, config, settings, output, seed=seed, classes=columns, scale=scale or 1)
+    drawn = _draw(model, config, settings, condition, output, seed=seed, scale=scale or 1)
     if save is not None:
         _save(save, drawn.images)
     fraction = drawn.record.tokens_KB.double().mean() / config.tokens_of_image
@@ -273,10 +245,3 @@ def _save(path: Path, images: Tensor) -> None:
         save_file({"samples": images.contiguous()}, str(path))
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: cannot write the samples: {error}; free space there") from None
-
-
-def _parse_classes(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--classes {text!r} is no list of numbers, such as 0,1,2")
-    return [int(word) for word in words]
