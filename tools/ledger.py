@@ -181,7 +181,7 @@ def _stir(run: Run) -> None:
     identity before a head of zeros, and would hardly take part in two steps."""
     for name, parameter in run.model.named_parameters():
         before = local_tensor(parameter).detach().clone()
-        fill_normal(parameter.data, 0.2, f"stir/{name}")
+        fill_normal(parameter.data, 0.1, f"stir/{name}")
         local_tensor(parameter).data.add_(before)
 
 
