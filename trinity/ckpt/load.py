@@ -45,28 +45,32 @@ def load(path: str | Path) -> tuple[LanguageModel, Tokenizer]:
 def load_run_model(run_dir: Path) -> LanguageModel:
     """The language model of a run at its newest good checkpoint."""
     model = LanguageModel.on_meta(load_config(run_dir / CONFIG_FILE).model)
-    return _filled(model.to_empty(device="cpu"), run_dir, MODEL_PREFIX)
+    return _filled(model.to_empty(device="cpu"), usable_checkpoint(run_dir), MODEL_PREFIX)
 
 
-def load_run_dit(run_dir: Path, *, average: bool) -> DiffusionTransformer:
+def load_run_dit(
+    run_dir: Path, *, average: bool, checkpoint: Path | None = None
+) -> DiffusionTransformer:
     """The diffusion transformer of a run at its newest good checkpoint.
 
-    ``average`` takes the averaged weights, if the run keeps any.
+    ``average`` takes the averaged weights, if the run keeps any. With a ``checkpoint``, one that is
+    known to be good, any rank of a job may call it alone.
     """
     config = load_image_config(run_dir / CONFIG_FILE)
     model = DiffusionTransformer.on_meta(config.model).to_empty(device="cpu")
     has_average = average and config.ema.decay > 0
-    return _filled(model, run_dir, AVERAGE_PREFIX if has_average else MODEL_PREFIX)
+    prefix = AVERAGE_PREFIX if has_average else MODEL_PREFIX
+    return _filled(model, checkpoint or usable_checkpoint(run_dir), prefix)
 
 
-def _filled(model: Model, run_dir: Path, prefix: str) -> Model:
+def _filled(model: Model, checkpoint: Path, prefix: str) -> Model:
     names = [f"{prefix}{name}" for name in model.state_dict()]
-    tensors = load_tensors(usable_checkpoint(run_dir), names)
+    tensors = load_tensors(checkpoint, names)
     for name, tensor in model.state_dict().items():
         stored = tensors[f"{prefix}{name}"]
         if stored.shape != tensor.shape:
             raise CheckpointError(
-                f"{run_dir}: {name} has shape {tuple(stored.shape)} in the checkpoint but "
+                f"{checkpoint}: {name} has shape {tuple(stored.shape)} there but "
                 f"{tuple(tensor.shape)} by {CONFIG_FILE}; restore the run's own {CONFIG_FILE}"
             )
         tensor.copy_(stored)

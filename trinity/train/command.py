@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from trinity.core import job
@@ -14,7 +15,6 @@ from trinity.core.config import RunConfig
 from trinity.core.errors import ConfigError, TrainingError, TrinityError
 from trinity.core.load_config import load_any_config
 from trinity.core.runtime import SAVED_AND_STOPPED_EXIT_CODE
-from trinity.models.dit import DiffusionTransformer
 from trinity.models.lm import LanguageModel
 from trinity.train.corruption import replica_mismatches
 from trinity.train.inspect import documents_of_step, loader_of, replay_next_step
@@ -82,8 +82,9 @@ def pretrain_command(
             run = pretrain(config, directory, device, resume=resume is not None, lock=lock)
         if run.step < config.train.num_steps:
             return int(os.environ.get(STOPPED_STATUS_VARIABLE, SAVED_AND_STOPPED_EXIT_CODE))
-        if job.is_first():
-            _tell(run)
+        speaks = job.is_first()
+    if speaks:  # the others need not wait for it
+        _tell(run)
     return 0
 
 
@@ -113,17 +114,19 @@ def summarize(run: Run) -> None:
     if isinstance(model, LanguageModel) and run.config.train.sample_prompt:
         text = sample_text(run, model, SAMPLE_TOKENS)
         console.print(f"sample:\n{text}", markup=False)
-    if isinstance(model, DiffusionTransformer):
-        console.print(_samples(run, model), markup=False)
+    if run.config.model.is_image:
+        console.print(_samples(run), markup=False)
     console.print(f"run: {run.directory}", markup=False)
 
 
-def _samples(run: Run, model: DiffusionTransformer) -> str:
+def _samples(run: Run) -> str:
     """Where the samples are; or why there are none, which does not undo the run."""
     try:
-        return f"samples: {sample_grid(run, model)}"
+        return f"samples: {sample_grid(run)}"
     except TrinityError as error:
         return f"no samples: {error}"
+    except torch.OutOfMemoryError:
+        return "no samples: the whole model finds no room here; draw them with sample-images"
 
 
 def replay_command(directory: Path) -> int:

@@ -141,18 +141,18 @@ def calibrated_tau(
     return calibrate_tau(drawn.record.statistic_KBS[:, :, 0], stop_step)
 
 
-def sample_grid(run: Run, model: DiffusionTransformer) -> Path:
-    """Write the grid of a run that has ended, with the averaged weights where it keeps any."""
+def sample_grid(run: Run) -> Path:
+    """Write the grid of a run that has ended, with the averaged weights where it keeps any.
+
+    Of the last checkpoint: of many processes none has the whole model. Raises as
+    :func:`sample_images_command`.
+    """
     config = run.config
     assert isinstance(config, ImageRunConfig)
     path = run.directory / SAMPLES_FILE
-    weights = model.state_dict()
-    if run.average is not None:
-        weights = {**weights, **run.average.tensors}
-    averaged = DiffusionTransformer.on_meta(config.model).to_empty(device=run.device)
-    averaged.load_state_dict(weights)
+    model = load_run_dit(run.directory, average=True, checkpoint=run.saved).to(run.device)
     condition = grid_condition(config, config.samples, config.samples.rows)
-    _draw(averaged.eval(), config, config.samples, condition, path, seed=config.seed)
+    _draw(model, config, config.samples, condition, path, seed=config.seed)
     return path
 
 
