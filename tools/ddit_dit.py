@@ -4,8 +4,8 @@ Draws the same digits from the same noise in many ways: as the run's configurati
 steps, coarse to fine at fixed steps, coarse from pooled latents, with a patch size per step and
 image, with a cache, with both; all on one thread, in process CPU time.
 
-    python -m tools.dit_digits --keep RUN_DIR     # a run to judge
-    python -m tools.ddit_dit RUN_DIR --save       # the table and the curve of the docs
+    python -m tools.dit_digits --keep RUN_DIR train.num_steps=1500 schedule.decay_steps=500
+    python -m tools.ddit_dit RUN_DIR --images 400 --save    # the table and the curve of the docs
 """
 
 from __future__ import annotations
@@ -90,10 +90,11 @@ def methods(model: DiffusionTransformer, config: ImageRunConfig) -> Iterator[Met
     for cache in CACHES:
         yield Method(f"cache {cache:g}", "cache", fine, steps, cache=cache)
     for cache in (0.0, *CACHES):
-        kind, name = ("dynamic + cache", f" + cache {cache:g}") if cache else ("dynamic", "")
+        tail = f" + cache {cache:g}" if cache else ""
         for quantile, tau in zip(TAU_QUANTILES, thresholds(model, config, cache), strict=True):
             rule = scheduler(config, config.samples.model_copy(update={"tau": tau}))
-            yield Method(f"dynamic q{quantile:g}{name}", kind, rule, steps, cache=cache)
+            name, kind = f"dynamic q{quantile:g}{tail}", f"dynamic{tail}"
+            yield Method(name, kind, rule, steps, cache=cache)
 
 
 def draw(
@@ -195,7 +196,12 @@ def main() -> None:
     rows = [{**row, **times[row["name"]]} for row in rows]
     show_table(rows, Console(width=160), title="Sampling digits of 16 x 16 with dit_tiny")
     if options.save:
-        result = {"images": len(classes), "guidance": config.samples.guidance, "methods": rows}
+        setting = {
+            "images": len(classes),
+            "train_steps": config.train.num_steps,
+            "guidance": config.samples.guidance,
+        }
+        result = {"setting": setting, "methods": rows}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         save_picture(rows, PICTURE)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -39,12 +39,17 @@ NUM_STEPS = 50
 NOISE_SEED = 1
 SHIFT = 3.0
 """Of the noise levels, as FLUX has it: most steps at high noise."""
-STOP_STEPS = (25, 33, 40, 44)
-"""Where coarse steps should end, by thresholds found on runs at the base patch."""
 RULE = PatchScheduler(0.0, sizes=SCALES, normalize="raw")
 """Raw differences rise towards the end of a shifted schedule, where detail is made."""
 CACHES = (0.1, 0.2)
 """Thresholds of the first block cache."""
+DYNAMIC = (
+    (2, (33, 40, 44), (None,)),
+    (4, (25, 33, 40, 44), (None,)),
+    (2, (40, 44), CACHES),
+    (4, (40,), CACHES),
+)
+"""Largest size, where coarse steps should end, and caches."""
 BATCH_IMAGES = 20
 CALIBRATION_FIRST = 1_000_000
 """Of the images that thresholds are found on: none that is judged."""
@@ -77,6 +82,7 @@ def methods(adapter: PatchAdapter) -> Iterator[Method]:
         yield Method(f"{num_steps} steps", "fewer steps", fine, num_steps=num_steps)
     for name, stages in (
         ("2x to 25", ((2, 0.5),)),
+        ("2x to 40", ((2, 0.8),)),
         ("4x to 15, 2x to 35", ((4, 0.3), (2, 0.4))),
         ("4x to 30, 2x to 40", ((4, 0.6), (2, 0.2))),
     ):
@@ -85,21 +91,26 @@ def methods(adapter: PatchAdapter) -> Iterator[Method]:
         yield Method(f"pooled {name}", "pooled", FixedSplit(stages), is_pooled=True)
     for cache in CACHES:
         yield Method(f"cache {cache:g}", "cache", fine, cache=cache)
-    for cache in (None, *CACHES):
-        kind = "dynamic" if cache is None else "dynamic + cache"
-        name = "" if cache is None else f" + cache {cache:g}"
-        for stop_step, tau in zip(STOP_STEPS, thresholds(adapter, cache), strict=True):
-            rule = replace(RULE, tau=tau)
-            yield Method(f"dynamic to {stop_step}{name}", kind, rule, cache=cache)
+    statistics = {cache: fine_statistic(adapter, cache) for cache in (None, *CACHES)}
+    for largest, stop_steps, caches in DYNAMIC:
+        scales = tuple(scale for scale in SCALES if scale <= largest)
+        for stop_step, cache in product(stop_steps, caches):
+            tau = calibrate_tau(statistics[cache], stop_step)
+            rule = replace(RULE, tau=tau, sizes=scales)
+            tail = "" if cache is None else f" + cache {cache:g}"
+            kind, name = f"dynamic {largest}x{tail}", f"dynamic {largest}x to {stop_step}{tail}"
+            yield Method(name, kind, rule, cache=cache)
 
 
-def thresholds(adapter: PatchAdapter, cache: float | None) -> list[float]:
-    """One for each of ``STOP_STEPS``, from a few runs at the base patch, with the cache: the calls
-    it skips bend the path too."""
+def fine_statistic(adapter: PatchAdapter, cache: float | None) -> Tensor:
+    """What the rule reads on a few runs at the base patch, (K, B): thresholds come from it.
+
+    With the cache, because calls that it skips bend the path too.
+    """
     never = Method("calibration", "dynamic", RULE, cache=cache)
     with _cached(never, adapter), torch.no_grad():
         _, record = draw_batch(never, adapter, CALIBRATION_FIRST)
-    return [calibrate_tau(record.statistic_KBS[..., 0], stop_step) for stop_step in STOP_STEPS]
+    return record.statistic_KBS[..., 0]
 
 
 def _noise(first: int) -> Tensor:
