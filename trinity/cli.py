@@ -187,30 +187,22 @@ def sample_images(
     output: Annotated[Path, typer.Option(help="grid of pictures", metavar="FILE.png")] = Path(
         "samples.png"
     ),
-    classes: Annotated[
-        str | None, typer.Option(help="such as 0,1,2; the columns of the grid; default: all")
-    ] = None,
+    classes: Annotated[str | None, typer.Option(help="the columns, such as 0,1,2")] = None,
     embeddings: Annotated[
-        Path | None,
-        typer.Option(help='safetensors with "embeddings": the columns instead', metavar="FILE"),
+        Path | None, typer.Option(help="or columns from safetensors", metavar="FILE")
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="pictures of each column")] = None,
     num_steps: Annotated[int | None, typer.Option(min=1)] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun or ancestral")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, help="1: none")] = None,
     scale: Annotated[
-        int | None,
-        typer.Option(min=1, help="patches of so many base patches a side, in every step"),
+        int | None, typer.Option(min=1, help="edge of all patches, in base ones")
     ] = None,
     tau: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="threshold for larger patches, step by step; 0: never"),
+        float | None, typer.Option(min=0.0, help="threshold for larger patches, step by step")
     ] = None,
     calibrate: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=1.0, help="find tau so that about this share of the steps are coarse"
-        ),
+        float | None, typer.Option(min=0.0, max=1.0, help="find tau for this share of coarse steps")
     ] = None,
     cache: Annotated[
         float | None, typer.Option(min=0.0, help="threshold of the first block cache; 0: none")
@@ -224,7 +216,7 @@ def sample_images(
 ) -> None:
     """Draw pictures from the newest checkpoint of a run and write them as one grid.
 
-    What is not given is as the run's [samples] table says.
+    What is not given is as the table samples of the run's configuration says.
     """
     from trinity.train.sample_images import sample_images_command
 
