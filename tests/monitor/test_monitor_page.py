@@ -22,11 +22,12 @@ from bokeh.models import ColumnDataSource
 from trinity.core.errors import ConfigError, DataError
 from trinity.monitor.catalog import find_runs, run_state
 from trinity.monitor.charts import View
-from trinity.monitor.command import is_loopback, monitor_command
+from trinity.monitor.command import monitor_command
 from trinity.monitor.heat import ALL_LAYERS, COLDEST_EXPERT, load_picture, rank_picture
 from trinity.monitor.library import Library
 from trinity.monitor.live import Session
 from trinity.monitor.marks import marks_of
+from trinity.monitor.server import is_loopback
 from trinity.monitor.tables import alarms_html, config_html, journal_html
 
 WHOLE = View(0, math.inf)

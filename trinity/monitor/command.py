@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,13 +58,3 @@ def monitor_command(
     from trinity.monitor.server import serve
 
     serve(library, host, port, list(runs))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

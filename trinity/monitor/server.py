@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import signal
 from typing import Any
@@ -16,7 +17,6 @@ from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 
 from trinity.core.errors import ConfigError
-from trinity.monitor.command import is_loopback
 from trinity.monitor.library import Library
 from trinity.monitor.live import Session
 
@@ -78,3 +78,13 @@ def serve(library: Library, host: str, port: int, wanted: list[str]) -> None:
         server.start()
         server.io_loop.start()
         server.stop()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
