@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import pytest
 
+from tests.plan.plan_cases import (
+    assert_counts_of_a_real_build,
+    assert_pipeline_rank_as_planned,
+    case_of,
+    traffic_of,
+)
 from tools.ledger import HYBRID, ROOT
 from trinity.core.config import Config
 from trinity.core.load_config import load_config
 from trinity.models.flops import train_flops_per_token
 from trinity.models.lm import parameter_counts
 from trinity.parallel.mesh import Layout
-from trinity.plan.case import Case
 from trinity.plan.cost import model_flops_per_token
-from trinity.plan.dry_run import dry_run
-from trinity.plan.hardware import load_efficiency, load_gpu
+from trinity.plan.hardware import load_efficiency
 from trinity.plan.memory import optimizer_bytes, part_sizes, rank_memory
-from trinity.plan.shapes import model_shape
-from trinity.plan.traffic import Traffic, step_traffic
-
-# What dry_run does not count: transfers between stages; sums over ranks inside DTensor; the sums of
-# the balance loss, which are a few numbers.
-UNCOUNTED = {("send", "pp"), ("all-reduce", "row parts")}
+from trinity.plan.traffic import Traffic
 
 
 def _small(*overrides: str) -> Config:
     return load_config(ROOT / "configs/ledger.toml", ["train.precision=bf16", *overrides])
 
 
-def _case(config: Config, layout: Layout) -> Case:
-    return Case(config, model_shape(config.model, config.optim), layout)
-
-
-def _traffic(case: Case, pp_rank: int = 0) -> list[Traffic]:
-    return step_traffic(case, load_gpu("h100"), case.parts[pp_rank])
-
-
 @pytest.mark.parametrize("name", ["tiny", "nano", "large"])
 def test_parameters_and_flops_are_those_of_the_model(name: str) -> None:
     config = load_config(ROOT / f"configs/{name}.toml")
-    case = _case(config, Layout())
+    case = case_of(config, Layout())
     counts = parameter_counts(config.model)
     biases = config.model.num_experts * (
         config.model.num_hidden_layers - config.model.num_dense_layers
@@ -53,12 +42,12 @@ def test_parameters_and_flops_are_those_of_the_model(name: str) -> None:
 def test_flops_of_a_hybrid_are_those_of_the_model() -> None:
     config = _small(*HYBRID)
     wanted = train_flops_per_token(config.model, config.batch.sequence_length)
-    assert model_flops_per_token(_case(config, Layout())) == pytest.approx(wanted, rel=1e-12)
+    assert model_flops_per_token(case_of(config, Layout())) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_two_layers_on_four_ranks_by_hand() -> None:
     config = _small("model.num_hidden_layers=2", "parallel.ep=2", "batch.rows_per_step=4")
-    case = _case(config, Layout(dp_shard=4, ep=2))
+    case = case_of(config, Layout(dp_shard=4, ep=2))
     (part,) = case.parts
     # D 32, 4 heads and 2 key heads of 8: q, gate, o 32 x 32, k and v 16 x 32.
     mixer, norms = 3 * 32 * 32 + 2 * 16 * 32, 4 * 32 + 2 * 8
@@ -73,7 +62,7 @@ def test_two_layers_on_four_ranks_by_hand() -> None:
     assert optimizer_bytes(case, held) == (4 * muon + 8 * adamw) // 4 + 4 * 15
     memory = rank_memory(case, load_efficiency())
     assert memory.weights == memory.gradients == 4 * held.stored
-    moved = {(t.kind, t.axis): (t.num_calls, t.num_bytes) for t in _traffic(case)}
+    moved = {(t.kind, t.axis): (t.num_calls, t.num_bytes) for t in traffic_of(case)}
     # In bf16 for the forward and again for the backward; norms and routers once, in fp32. A rank
     # has a quarter of it already. Two blocks, embedding, head; all norms but the last; the last.
     matrices = 2 * mixer + dense + shared + words
@@ -111,38 +100,12 @@ LAYOUTS = {
 def test_counts_equal_those_of_a_real_build(name: str) -> None:
     layout, overrides = LAYOUTS[name]
     config = _small(f"batch.rows_per_step={2 * layout.dp}", *overrides)
-    case = _case(config, layout)
-    real = dry_run(config, layout)
-    held = part_sizes(case.parts[0], layout)
-    assert held.stored == real.num_parameters
-    assert optimizer_bytes(case, held) == real.optimizer_bytes
-    counted, planned = _by_kind(real.traffic), defaultdict(lambda: [0, 0])
-    for entry in _traffic(case):
-        # Muon gives some ranks more matrices than others, the plan is their mean (test_dry_run).
+
+    def is_counted(entry: Traffic) -> bool:
         # Sums of gradients over tensor-parallel ranks happen inside DTensor, where nobody counts.
-        is_tp_sum = entry.axis == "tp" and entry.kind == "all-reduce"
-        if entry.purpose != "muon" and (not is_tp_sum or name == "tp without sp"):
-            planned[entry.kind][0] += entry.num_calls
-            planned[entry.kind][1] += entry.num_bytes
-    for kind in ("all-gather", "reduce-scatter"):
-        assert counted[kind] == planned[kind], kind
-    if layout.ep > 1 and layout.cp == 1:
-        key = ("all-to-all", "ep")
-        assert [tuple(real.traffic[key])] == [
-            (t.num_calls, t.num_bytes) for t in _traffic(case) if t.purpose == "dispatch"
-        ]
-    if layout.dp_replicate > 1:
-        assert counted["all-reduce"] == planned["all-reduce"]
+        return (entry.axis, entry.kind) != ("tp", "all-reduce") or name == "tp without sp"
 
-
-def _by_kind(traffic: dict) -> dict[str, list[int]]:
-    """Groups with the same ranks share a name in the dry run, so axes cannot be told apart."""
-    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for key, (calls, num_bytes) in traffic.items():
-        if key not in UNCOUNTED:
-            sums[key[0]][0] += calls
-            sums[key[0]][1] += num_bytes
-    return sums
+    assert_counts_of_a_real_build(config, layout, is_counted)
 
 
 @pytest.mark.parametrize("reshard", ["true", "false"])
@@ -151,42 +114,29 @@ def test_pipeline_ranks_hold_and_move_what_is_planned(reshard: str) -> None:
     config = _small(
         "parallel.pp=2", "batch.rows_per_step=8", f"parallel.reshard_after_forward={reshard}"
     )
-    case = _case(config, layout)
-    for pp_rank, rank in ((0, 0), (1, 2)):
-        real = dry_run(config, layout, rank)
-        held = part_sizes(case.parts[pp_rank], layout)
-        assert held.stored == real.num_parameters
-        assert optimizer_bytes(case, held) == real.optimizer_bytes
-        moved = {(t.kind, t.axis): t for t in _traffic(case, pp_rank)}
-        for kind, axis in (
-            ("all-gather", "expert_fsdp"),
-            ("reduce-scatter", "expert_fsdp"),
-            ("reduce-scatter", "fsdp"),
-        ):
-            entry = moved[kind, axis]
-            assert tuple(real.traffic[kind, axis]) == (entry.num_calls, entry.num_bytes)
-        # FSDP2 may prefetch one block in vain after the last backward.
-        extra = real.traffic["all-gather", "fsdp"].num_calls - moved["all-gather", "fsdp"].num_calls
-        assert extra in (0, 1)
+    for pp_rank in range(2):
+        assert_pipeline_rank_as_planned(config, layout, pp_rank)
 
 
 def test_bytes_are_split_between_links_by_where_ranks_stand() -> None:
     config = _small("parallel.ep=4", "batch.rows_per_step=64")
-    traffic = {t.purpose: t for t in _traffic(_case(config, Layout(dp_shard=64, ep=4)))}
+    traffic = {t.purpose: t for t in traffic_of(case_of(config, Layout(dp_shard=64, ep=4)))}
     dispatch = traffic["dispatch"]  # 4 neighbours on one node
     assert dispatch.rdma_bytes == 0
     assert dispatch.nvlink_bytes == pytest.approx(dispatch.num_bytes, rel=1e-3)
     gather = traffic["gather"]
     assert gather.nvlink_bytes + gather.rdma_bytes == pytest.approx(gather.num_bytes, rel=1e-2)
     # 64 ranks on 8 nodes of 8: a card brings 7/64 of what is gathered, neighbours 7/8 of it.
-    wide = next(t for t in _traffic(_case(config, Layout(dp_shard=64, ep=4))) if t.axis == "fsdp")
+    wide = next(
+        t for t in traffic_of(case_of(config, Layout(dp_shard=64, ep=4))) if t.axis == "fsdp"
+    )
     assert wide.rdma_bytes / wide.nvlink_bytes == pytest.approx(1 / 8)
 
 
 def test_context_parallel_halos_by_hand() -> None:
     """Two ranks of 32 positions: 23 of a window of 24, and all 32 for a global layer."""
     config = _small("parallel.cp=2", "batch.rows_per_step=2")
-    (entry,) = [t for t in _traffic(_case(config, Layout(cp=2, dp_shard=2))) if t.axis == "cp"]
+    (entry,) = [t for t in traffic_of(case_of(config, Layout(cp=2, dp_shard=2))) if t.axis == "cp"]
     row = (16 + 16) * 2  # keys and values of 2 heads x 8 in bf16
     windows, globals_ = 3, 2
     forward = (windows * 23 + globals_ * 32) * row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,17 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import trinity.nn.conv
+from tests.plan.plan_cases import (
+    assert_counts_of_a_real_build,
+    assert_pipeline_rank_as_planned,
+    case_of,
+    traffic_of,
+)
 from tests.plan.test_plan_activations import (
     _convolution_that_keeps_its_input,
     _use_kernels_of_gpus,
     _weight_shapes,
 )
-from tests.plan.test_plan_counts import _by_kind
 from tools.ledger import ROOT
 from trinity.cli import app
 from trinity.core.errors import ConfigError
@@ -33,17 +37,14 @@ from trinity.nn.rope import image_rope_tables
 from trinity.ops.image_attention import Sight
 from trinity.parallel.mesh import Layout, check_layout, layout_for
 from trinity.plan.activations import saved_bytes
-from trinity.plan.case import Case
 from trinity.plan.command import parallel_toml
 from trinity.plan.compute import Machine, block_time
 from trinity.plan.cost import step_cost
 from trinity.plan.dry_run import dry_run
 from trinity.plan.flops import model_flops_per_token
 from trinity.plan.hardware import load_efficiency, load_gpu
-from trinity.plan.memory import optimizer_bytes, part_sizes, peak_memory, usable_bytes
+from trinity.plan.memory import peak_memory, usable_bytes
 from trinity.plan.search import search
-from trinity.plan.shapes import model_shape
-from trinity.plan.traffic import Traffic, step_traffic
 
 ONE = ["model.patch_scales=[1]", "images.coarse_shares=[1.0]", "batch.sequence_length=64"]
 """One image a row."""
@@ -54,18 +55,10 @@ def _small(*overrides: str) -> ImageRunConfig:
     return load_image_config(ROOT / "configs/ledger_dit.toml", ["train.precision=bf16", *overrides])
 
 
-def _case(config: ImageRunConfig, layout: Layout) -> Case:
-    return Case(config, model_shape(config.model, config.optim), layout)
-
-
-def _traffic(case: Case, pp_rank: int = 0) -> list[Traffic]:
-    return step_traffic(case, load_gpu("h100"), case.parts[pp_rank])
-
-
 @pytest.mark.parametrize("name", ["ledger_dit", "dit_tiny", *LARGE])
 def test_parameters_and_flops_are_those_of_the_model(name: str) -> None:
     config = load_image_config(ROOT / f"configs/{name}.toml")
-    case = _case(config, Layout())
+    case = case_of(config, Layout())
     counts = parameter_counts(config.model)
     biases = config.model.num_experts * len(config.model.moe_layers)
     assert case.shape.num_parameters + biases == counts["total"]
@@ -110,25 +103,7 @@ def test_counts_equal_those_of_a_real_build(name: str) -> None:
     layout, overrides = LAYOUTS[name]
     num_microbatches = 2 if "gathered once" in name else 1
     config = _small(f"batch.rows_per_step={num_microbatches * layout.dp}", *overrides)
-    case = _case(config, layout)
-    real = dry_run(config, layout)
-    held = part_sizes(case.parts[0], layout)
-    assert held.stored == real.num_parameters
-    assert optimizer_bytes(case, held) == real.optimizer_bytes
-    counted, planned = _by_kind(real.traffic), defaultdict(lambda: [0, 0])
-    for entry in _traffic(case):
-        if entry.purpose != "muon":  # some ranks get more matrices, the plan is their mean
-            planned[entry.kind][0] += entry.num_calls
-            planned[entry.kind][1] += entry.num_bytes
-    for kind in ("all-gather", "reduce-scatter"):
-        assert counted[kind] == planned[kind], kind
-    if layout.ep > 1 and layout.cp == 1:
-        key = ("all-to-all", "ep")
-        assert [tuple(real.traffic[key])] == [
-            (t.num_calls, t.num_bytes) for t in _traffic(case) if t.purpose == "dispatch"
-        ]
-    if layout.dp_replicate > 1:
-        assert counted["all-reduce"] == planned["all-reduce"]
+    assert_counts_of_a_real_build(config, layout)
 
 
 def test_muon_moves_what_a_plan_says_on_average() -> None:
@@ -136,7 +111,7 @@ def test_muon_moves_what_a_plan_says_on_average() -> None:
     config = _small("batch.rows_per_step=2", "model.layer_pattern=S-*E")
     layout = Layout(dp_shard=2)
     runs = [dry_run(config, layout, rank).traffic["all-to-all", "fsdp"] for rank in range(2)]
-    planned = [t for t in _traffic(_case(config, layout)) if t.purpose == "muon"]
+    planned = [t for t in traffic_of(case_of(config, layout)) if t.purpose == "muon"]
     (entry,) = [t for t in planned if t.axis == "fsdp"]
     assert entry.num_calls == runs[0].num_calls
     assert 2 * entry.num_bytes == pytest.approx(sum(run.num_bytes for run in runs), rel=1e-2)
@@ -146,22 +121,8 @@ def test_muon_moves_what_a_plan_says_on_average() -> None:
 def test_pipeline_ranks_hold_and_move_what_is_planned(pp_rank: int) -> None:
     layout = Layout(pp=2, dp_shard=2)
     config = _small("parallel.pp=2", "batch.rows_per_step=4")
-    case = _case(config, layout)
-    real = dry_run(config, layout, 2 * pp_rank)
-    held = part_sizes(case.parts[pp_rank], layout)
-    assert held.stored == real.num_parameters
-    assert optimizer_bytes(case, held) == real.optimizer_bytes
-    moved = {(t.kind, t.axis): t for t in _traffic(case, pp_rank)}
-    for kind, axis in (
-        ("all-gather", "expert_fsdp"),
-        ("reduce-scatter", "expert_fsdp"),
-        ("reduce-scatter", "fsdp"),
-    ):
-        entry = moved[kind, axis]
-        assert tuple(real.traffic[kind, axis]) == (entry.num_calls, entry.num_bytes)
-    # FSDP2 may prefetch one block in vain after the last backward.
-    extra = real.traffic["all-gather", "fsdp"].num_calls - moved["all-gather", "fsdp"].num_calls
-    assert extra in (0, 1)
+    assert_pipeline_rank_as_planned(config, layout, pp_rank)
+    moved = {(t.kind, t.axis): t for t in traffic_of(case_of(config, layout), pp_rank)}
     # 96 tokens, and nine vectors of each of up to six images, of 32 channels in bf16, there once
     # and its gradient back, in each of two microbatches.
     sent = moved["send", "pp"]
@@ -171,7 +132,7 @@ def test_pipeline_ranks_hold_and_move_what_is_planned(pp_rank: int) -> None:
 def test_context_parallel_exchanges_by_hand() -> None:
     """Two ranks of 48 positions; attention fetches all keys and values, scans states both ways."""
     config = _small("parallel.cp=2", "batch.rows_per_step=2", "model.layer_pattern=W-S-*-")
-    entries = {t.kind: t for t in _traffic(_case(config, Layout(cp=2, dp_shard=1)))}
+    entries = {t.kind: t for t in traffic_of(case_of(config, Layout(cp=2, dp_shard=1)))}
     attention = 2 * 96 * (16 + 16) * 2  # layers, positions, keys and values of 2 heads x 8
     states = 2 * 2 * (4 * 8 * 8 + 4) * 4  # ways, ranks, 4 heads of 8 x 8 and their decays
     for kind in ("all-gather", "reduce-scatter"):
@@ -185,7 +146,7 @@ def test_a_token_is_held_against_its_row_and_scans_go_both_ways() -> None:
     machine = Machine(load_gpu("h200"), load_efficiency())
 
     def attention_s(*overrides: str) -> list[float]:
-        case = _case(_small(*overrides), Layout())
+        case = case_of(_small(*overrides), Layout())
         return [block_time(case, machine, kind).attention for kind in case.shape.kinds]
 
     windowed, scan, full = attention_s("model.layer_pattern=W-S-*-")
@@ -196,7 +157,7 @@ def test_a_token_is_held_against_its_row_and_scans_go_both_ways() -> None:
     assert longer[1] == pytest.approx(2 * scan)
     # 32 query and 32 output channels against 64 keys, or 25 of a square; 3 x 2 FLOPs each.
     seen = {
-        kind: model_flops_per_token(_case(_small(f"model.layer_pattern={kind}-"), Layout()))
+        kind: model_flops_per_token(case_of(_small(f"model.layer_pattern={kind}-"), Layout()))
         for kind in "*W"
     }
     assert seen["*"] - seen["W"] == 6 * 64 * (64 - 25)
@@ -236,7 +197,7 @@ def test_saved_bytes_are_those_of_a_real_block(
     assert isinstance(block, Block)
     _use_kernels_of_gpus(block)
     measured = _saved_by_autograd(block, config)
-    case = _case(config, Layout())
+    case = case_of(config, Layout())
     kind = case.shape.kinds[case.shape.kind_of_layer[BLOCKS[name]]]
     # The squared scan of a CPU keeps a little more than that of a GPU.
     near = 0.1 if name.startswith("2mamba") else 0.03 if "mamba" in name else 0.012
@@ -288,7 +249,7 @@ def _saved_by_autograd(block: Block, config: ImageRunConfig) -> int:
 
 def test_masks_are_kept_where_not_all_see_all() -> None:
     def kept(*overrides: str) -> list[float]:
-        case = _case(_small("model.layer_pattern=W-*-", *overrides), Layout())
+        case = case_of(_small("model.layer_pattern=W-*-", *overrides), Layout())
         return [saved_bytes(case, kind, "none") for kind in case.shape.kinds]
 
     windowed, full = kept(*ONE)
@@ -301,7 +262,8 @@ def test_masks_are_kept_where_not_all_see_all() -> None:
 def test_an_average_of_the_weights_needs_memory() -> None:
     layout, efficiency = Layout(dp_shard=2), load_efficiency()
     with_average, without = (
-        peak_memory(_case(_small(f"ema.decay={decay}"), layout), efficiency) for decay in (0.9, 0.0)
+        peak_memory(case_of(_small(f"ema.decay={decay}"), layout), efficiency)
+        for decay in (0.9, 0.0)
     )
     assert without.average == 0
     assert with_average.average == with_average.weights
@@ -313,7 +275,7 @@ def test_large_configurations_fit_eight_gpus(name: str) -> None:
     config = load_image_config(ROOT / f"configs/{name}.toml")
     layout = layout_for(config.parallel, 8)
     check_layout(config, layout)
-    case, gpu = _case(config, layout), load_gpu("h100")
+    case, gpu = case_of(config, layout), load_gpu("h100")
     memory = peak_memory(case, load_efficiency())
     assert memory.total <= usable_bytes(gpu, load_efficiency())
     cost = step_cost(case, gpu)
@@ -330,7 +292,7 @@ def test_search_finds_a_layout_that_would_train() -> None:
     assert isinstance(winner.case.config, ImageRunConfig)
     assert winner.setting.loss_chunk_rows == 0
     check_layout(winner.case.config, winner.case.layout)
-    own = step_cost(_case(config, layout_for(config.parallel, 8)), load_gpu("h100"))
+    own = step_cost(case_of(config, layout_for(config.parallel, 8)), load_gpu("h100"))
     assert own.step_s <= 1.05 * winner.cost.step_s  # what stands in the file is as good
     assert tomllib.loads(parallel_toml(winner)).keys() == {"parallel", "batch", "train"}
 

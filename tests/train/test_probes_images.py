@@ -359,7 +359,6 @@ def test_an_alarm_comes_once_and_keeps_its_consequence_quiet() -> None:
 
 
 def test_the_record_of_a_run_on_images(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn", reason="the extra [images] is not installed")
     config = make_image_config(
         [
             *("log.instruments_every_steps=1", "log.load_every_steps=1", "log.tensorboard=false"),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
 from trinity.models.dit import DiffusionTransformer
-from trinity.models.patch_hosts import PatchGeometry, Projections
+from trinity.models.patch_hosts import ModelHost, PatchGeometry, Projections, rows_of
 from trinity.nn.feedforward import SwiGLU
 
 
-class DiTHost:
+class DiTHost(ModelHost):
     """Runs a :class:`DiffusionTransformer`; see :class:`trinity.models.patch_hosts.PatchHost`.
 
     The condition is a tensor with a row per sample: classes (B,), or embeddings (B, W).
@@ -20,25 +18,15 @@ class DiTHost:
     """
 
     def __init__(self, base: DiffusionTransformer) -> None:
-        self._base = base
         config = base.config
-        self._geometry = PatchGeometry(
+        geometry = PatchGeometry(
             patch=config.patch_size,
             in_channels=config.channels,
             out_channels=config.channels,
             width=config.hidden_size,
             frames=config.patch_frames,
         )
-
-    @property
-    def base(self) -> nn.Module:
-        """The model."""
-        return self._base
-
-    @property
-    def geometry(self) -> PatchGeometry:
-        """How the model cuts latents."""
-        return self._geometry
+        super().__init__(base, geometry)
 
     def projections(self) -> Projections:
         """The model's own projections of the base patch."""
@@ -58,14 +46,13 @@ class DiTHost:
             if isinstance(linear, nn.Linear)
         }
 
-    def identity(self) -> dict[str, str]:
-        """Class and a digest of the configuration."""
-        digest = hashlib.sha256(self._base.config.model_dump_json().encode()).hexdigest()[:16]
-        return {"base_class": type(self._base).__name__, "base_config": digest}
+    def config_text(self) -> str:
+        """The model's configuration."""
+        return self._base.config.model_dump_json()
 
     def take(self, condition: Tensor, rows_N: Tensor) -> Tensor:
         """The condition of some rows."""
-        return condition[rows_N.to(condition.device)]
+        return rows_of(condition, rows_N)
 
     def velocity(
         self,

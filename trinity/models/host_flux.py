@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from trinity.core.errors import ConfigError
 from trinity.models.patch_hosts import (
     ModelCall,
+    ModelHost,
     PatchGeometry,
     Projections,
-    identity_of,
     require_class,
     rows_of,
     swapped_call,
@@ -43,7 +43,7 @@ class FluxCondition:
     """``joint_attention_kwargs``; only ``scale`` may be given when rows run apart."""
 
 
-class FluxHost:
+class FluxHost(ModelHost):
     """Runs a FluxTransformer2DModel; see :class:`trinity.models.patch_hosts.PatchHost`."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -58,23 +58,13 @@ class FluxHost:
                 f" out_channels {model.out_channels}: only models that read and write packed "
                 "latents alone are known (no fill, depth or canny)"
             )
-        self._base = model
-        self._geometry = PatchGeometry(
+        geometry = PatchGeometry(
             patch=PACKED_EDGE,
             in_channels=packed // PACKED_EDGE**2,
             out_channels=packed // PACKED_EDGE**2,
             width=model.x_embedder.out_features,
         )
-
-    @property
-    def base(self) -> nn.Module:
-        """The model."""
-        return self._base
-
-    @property
-    def geometry(self) -> PatchGeometry:
-        """How the model cuts latents."""
-        return self._geometry
+        super().__init__(base, geometry)
 
     def projections(self) -> Projections:
         """The model's own projections."""
@@ -99,10 +89,6 @@ class FluxHost:
         ]
         return {name: self._base.get_submodule(name) for name in names}
 
-    def identity(self) -> dict[str, str]:
-        """Class and configuration of the model."""
-        return identity_of(self._base)
-
     def take(self, condition: FluxCondition, rows_N: Tensor) -> FluxCondition:
         """The condition of some rows.
 
@@ -114,10 +100,13 @@ class FluxHost:
                 f"dynamic patches: joint_attention_kwargs {sorted(per_row)} cannot be split where "
                 "the rows of a batch differ in size: sample one row at a time"
             )
-        prompt_BSD = condition.prompt_BSD[rows_N.to(condition.prompt_BSD.device)]
-        pooled_BD = condition.pooled_BD[rows_N.to(condition.pooled_BD.device)]
-        guidance_B = rows_of(condition.guidance_B, rows_N)
-        return replace(condition, prompt_BSD=prompt_BSD, pooled_BD=pooled_BD, guidance_B=guidance_B)
+        guidance_B = condition.guidance_B
+        return replace(
+            condition,
+            prompt_BSD=rows_of(condition.prompt_BSD, rows_N),
+            pooled_BD=rows_of(condition.pooled_BD, rows_N),
+            guidance_B=None if guidance_B is None else rows_of(guidance_B, rows_N),
+        )
 
     def velocity(
         self,

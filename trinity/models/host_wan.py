@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from trinity.core.errors import ConfigError
 from trinity.models.patch_hosts import (
     ModelCall,
+    ModelHost,
     PatchGeometry,
     Projections,
-    identity_of,
     require_class,
     rows_of,
     swapped_call,
@@ -45,7 +45,7 @@ class WanCondition:
     attention_kwargs: Mapping[str, Any] | None = None
 
 
-class WanHost:
+class WanHost(ModelHost):
     """Runs a WanTransformer3DModel; see :class:`trinity.models.patch_hosts.PatchHost`."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -59,8 +59,7 @@ class WanHost:
                 f"patch host: patch_size {config.patch_size} of the Wan model: patches must be "
                 "square"
             )
-        self._base = model
-        self._geometry = PatchGeometry(
+        geometry = PatchGeometry(
             patch=height,
             frames=frames,
             in_channels=config.in_channels,
@@ -68,6 +67,7 @@ class WanHost:
             width=model.patch_embedding.out_channels,
             deembed_layout="channels_last",
         )
+        super().__init__(base, geometry)
         cosines, sines = rotary_tables(torch.tensor([[0.0] * 3, [1.0] * 3]), self._rotary_widths())
         known = torch.cat([model.rope.freqs_cos[:2], model.rope.freqs_sin[:2]]).cpu()
         rounding = 2 * torch.finfo(known.dtype).eps
@@ -76,16 +76,6 @@ class WanHost:
                 f"patch host: the Wan model's rotary positions do not have base {ROPE_THETA:g}: "
                 "positions between its own cannot be worked out"
             )
-
-    @property
-    def base(self) -> nn.Module:
-        """The model."""
-        return self._base
-
-    @property
-    def geometry(self) -> PatchGeometry:
-        """How the model cuts latents."""
-        return self._geometry
 
     def projections(self) -> Projections:
         """The model's own projections."""
@@ -101,14 +91,11 @@ class WanHost:
         ]
         return {name: self._base.get_submodule(name) for name in names}
 
-    def identity(self) -> dict[str, str]:
-        """Class and configuration of the model."""
-        return identity_of(self._base)
-
     def take(self, condition: WanCondition, rows_N: Tensor) -> WanCondition:
         """The condition of some rows."""
-        prompt_BSD = condition.prompt_BSD[rows_N.to(condition.prompt_BSD.device)]
-        image_BSD = rows_of(condition.image_BSD, rows_N)
+        prompt_BSD = rows_of(condition.prompt_BSD, rows_N)
+        image_BSD = condition.image_BSD
+        image_BSD = None if image_BSD is None else rows_of(image_BSD, rows_N)
         return replace(condition, prompt_BSD=prompt_BSD, image_BSD=image_BSD)
 
     def velocity(

@@ -79,7 +79,7 @@ class PatchHost(Protocol):
         ...
 
     def identity(self) -> Mapping[str, str]:
-        """What tells this model from others that an adapter would not fit; see ``identity_of``."""
+        """What tells this model from others that an adapter would not fit; see ``ModelHost``."""
         ...
 
     def take(self, condition: Any, rows_N: Tensor) -> Any:
@@ -135,16 +135,35 @@ class PipelineHost(PatchHost, Protocol):
         ...
 
 
-def identity_of(base: nn.Module) -> dict[str, str]:
-    """Class and a digest of the configuration of a model from diffusers.
+class ModelHost:
+    """What hosts have in common: the model, and how it cuts latents."""
 
-    Weights are left out: finetunes of one model share adapters.
-    """
-    model: Any = base
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    text = json.dumps(config, sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return {"base_class": type(base).__name__, "base_config": digest}
+    def __init__(self, base: nn.Module, geometry: PatchGeometry) -> None:
+        self._base: Any = base
+        self._geometry = geometry
+
+    @property
+    def base(self) -> nn.Module:
+        """The model."""
+        return self._base
+
+    @property
+    def geometry(self) -> PatchGeometry:
+        """How the model cuts latents."""
+        return self._geometry
+
+    def config_text(self) -> str:
+        """The model's configuration, of which ``identity`` is made; here of one from diffusers."""
+        config = {k: value for k, value in self._base.config.items() if not k.startswith("_")}
+        return json.dumps(config, sort_keys=True, default=str)
+
+    def identity(self) -> dict[str, str]:
+        """Class and a digest of the configuration.
+
+        Weights are left out: finetunes of one model share adapters.
+        """
+        digest = hashlib.sha256(self.config_text().encode()).hexdigest()[:16]
+        return {"base_class": type(self._base).__name__, "base_config": digest}
 
 
 def require_class(base: nn.Module, name: str) -> None:
@@ -156,9 +175,9 @@ def require_class(base: nn.Module, name: str) -> None:
         )
 
 
-def rows_of(value: Tensor | None, rows_N: Tensor) -> Tensor | None:
-    """Some rows of a tensor with one row per sample, or None of None."""
-    return None if value is None else value[rows_N.to(value.device)]
+def rows_of(value: Tensor, rows_N: Tensor) -> Tensor:
+    """Some rows of a tensor with one row per sample."""
+    return value[rows_N.to(value.device)]
 
 
 def swapped_call(

@@ -61,14 +61,15 @@ def sample(
     shape = (config.model.channels, *config.images.extent())
     noise = normal_by_row(seed, SAMPLING, rows, shape, Stream.NOISE).to(device)
     sigmas = sampling_sigmas(settings.num_steps, config.flow.shift)
-    cache = FirstBlockCache(settings.cache)
+    cache = FirstBlockCache(settings.cache) if settings.cache else None
 
     def of_group(z: Tensor, sigma: float, scale: int, rows_N: Tensor) -> Tensor:
         def conditional(z: Tensor, sigma: float, condition: Tensor) -> Tensor:
-            # The second half of a guided batch are rows of their own.
-            halves = range(len(z) // len(rows_N))
-            own = [row + half * len(rows) for half in halves for row in rows_N.tolist()]
-            reuse = cache.at(scale, own) if settings.cache else None
+            reuse = None
+            if cache is not None:
+                # The second half of a guided batch are rows of their own.
+                halves = [rows_N + half * len(noise) for half in range(len(z) // len(rows_N))]
+                reuse = cache.at(scale, torch.cat(halves).tolist())
             with autocast(device, config.train.precision):
                 return model(z, sigma, condition, scale=scale, reuse=reuse).float()
 
@@ -87,7 +88,7 @@ def sample(
     z = noise
     for latents in path:
         z = latents
-    computed = cache.num_computed / cache.num_calls if cache.num_calls else 1.0
+    computed = 1.0 if cache is None else cache.num_computed / cache.num_calls
     return Drawn(z.cpu(), velocity.path.record(config.tokens_of_image), computed)
 
 
