@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tools.ddit_race import race
+from tools.ddit_race import judged, race
 from tools.ddit_table import save_picture, show_table
 from trinity.ckpt.load import load_run_dit
 from trinity.core.draws import Stream, normal_by_row
@@ -41,8 +41,7 @@ from trinity.models.patch_sampler import (
     PatchRecord,
     pooled_velocity,
 )
-from trinity.train.feature_network import compare_sets, feature_network, labelled_images
-from trinity.train.quality import psnr, ssim
+from trinity.train.feature_network import feature_network, labelled_images
 from trinity.train.sample_conditions import class_columns, no_condition
 from trinity.train.sample_images import SAMPLING, Drawn, sample, scheduler
 
@@ -183,11 +182,8 @@ def main() -> None:
     ways = list(methods(model, config))
     for method in ways:
         drawn, cost = draw(method, model, config, classes)
+        quality = judged(drawn, real, network, classes, reference)
         reference = drawn if reference is None else reference
-        quality = compare_sets(drawn, real, network, labels=classes)
-        if rows:
-            quality |= {"psnr": float(psnr(drawn, reference).mean())}
-            quality |= {"ssim": float(ssim(drawn, reference).mean())}
         rows.append({"name": method.name, "kind": method.kind, **cost, **quality})
         print(json.dumps(rows[-1]), flush=True)
     few = classes[:RACE_IMAGES]

@@ -35,14 +35,14 @@ from tools.ddit_methods import (
     methods,
     race_of,
 )
+from tools.ddit_race import judged
 from tools.ddit_table import save_picture, show_table
 from trinity.core.draws import Stream, generator_for, normal_by_row
 from trinity.models.flow import SigmaDensity, interpolate, training_sigmas
 from trinity.models.host_flux import PACKED_EDGE, FluxHost
 from trinity.models.patch_adapter import PatchAdapter
 from trinity.train.distill import DistillConfig, distill
-from trinity.train.feature_network import compare_sets, train_feature_network
-from trinity.train.quality import psnr, ssim
+from trinity.train.feature_network import train_feature_network
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools/bench/results/ddit_flux.json"
@@ -174,6 +174,7 @@ def measured(
         pixels[:NUM_TRAIN], data.labels[:NUM_TRAIN], num_classes=NUM_CLASSES
     )
     labels = torch.arange(setting.num_images) % NUM_CLASSES
+    held_out = pixels[NUM_TRAIN:][: setting.num_images]
     times_path = folder / "times.json"
     if not times_path.is_file():
         times_path.write_text(json.dumps(race_of(adapter)))
@@ -188,12 +189,8 @@ def measured(
             torch.save(latents, drawn_path)
             row_path.write_text(json.dumps(cost))
         drawn = data.pixels(torch.load(drawn_path, weights_only=True))
+        quality = judged(drawn, held_out, network, labels, reference)
         reference = drawn if reference is None else reference
-        held_out = pixels[NUM_TRAIN:][: setting.num_images]
-        quality = compare_sets(drawn, held_out, network, labels=labels)
-        if method.kind != "base":
-            quality |= {"psnr": float(psnr(drawn, reference).mean())}
-            quality |= {"ssim": float(ssim(drawn, reference).mean())}
         cost = {**times[method.name], **json.loads(row_path.read_text())}
         rows.append({"name": method.name, "kind": method.kind, **cost, **quality})
         print(json.dumps(rows[-1]), flush=True)

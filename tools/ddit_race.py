@@ -1,10 +1,15 @@
-"""Times ways to sample against one another: they take turns, and the least CPU time counts."""
+"""Holds ways to sample against one another: what they take, and how good what they draw is."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from trinity.train.feature_network import FeatureNetwork, compare_sets
+from trinity.train.quality import psnr, ssim
 
 
 def race(
@@ -24,3 +29,14 @@ def race(
             for key, seconds in zip(("cpu_ms", "wall_ms"), spent_s, strict=True):
                 best[name][key] = min(best[name][key], 1e3 * seconds / num_images)
     return best
+
+
+def judged(
+    drawn: Tensor, real: Tensor, network: FeatureNetwork, labels: Tensor, reference: Tensor | None
+) -> dict[str, float]:
+    """Distances to real images, and likeness to what the ``reference`` drew from the same noise."""
+    quality = compare_sets(drawn, real, network, labels=labels)
+    if reference is not None:
+        quality["psnr"] = float(psnr(drawn, reference).mean())
+        quality["ssim"] = float(ssim(drawn, reference).mean())
+    return quality
